@@ -1,0 +1,811 @@
+"""Sparse Memory Finetuning (SMF): teach a pretrained language model by updating a few memory rows.
+
+    x --> query --> n + n scores --> K of N = n*n rows --> gated sum --> y    beside the block's MLP
+          (D)       two half-keys     exact top-K           V[rows]
+
+The method in five lines:
+  1. retrofit: add a product-key memory to a few blocks; train it on general text (stage 1);
+  2. background: count how often general text reads each row of its value table V;
+  3. for each batch of what is to be learned (stage 2), count which rows that batch reads;
+  4. score them: read much here, little in general; keep the best t rows of each memory;
+  5. update those rows of V. Nothing else changes, bit for bit.
+
+Papers: [Lin25] arXiv 2510.15103, Continual Learning via Sparse Memory Finetuning; [Goyal26]
+2604.05248; [Gupta26] 2605.03229. Memories: [Lample19] 1907.05242, product keys; [Berges24]
+2412.09764, memory layers at scale. "ours" marks what they leave open.
+
+Letters: B batch, T time, D model width, H heads, K reads per head, n sub-keys per half, N = n*n
+rows, t rows updated per layer and step, S real tokens (no padding) of a whole batch.
+
+Read it top to bottom: 1 the memory, 2 putting it into a model, 3 counting reads, 4 scoring rows,
+5 updating those rows and nothing else (the trap), 6 saving and loading, 7 what the scripts share.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class Refused(ValueError):
+    """Bad input. The scripts print it as one line (what is wrong, what to do) and exit with 2."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. The memory
+
+
+class Read(NamedTuple):
+    """What one forward pass read from one memory; after backward, y.grad is dL/dy."""
+    x: torch.Tensor  # (B, T, D) what came in
+    rows: torch.Tensor  # (B, T, H, K)
+    weights: torch.Tensor  # (B, T, H, K)
+    y: torch.Tensor  # (B, T, D) the weighted sum of the rows
+
+
+class ProductKeyMemory(nn.Module):
+    """N = n_keys**2 value rows; each token reads top_k per head [Lample19 §3, Berges24 §3].
+
+    d_model: D. n_keys: n. heads: H. k_dim: width of a head's query, two halves of k_dim / 2.
+    top_k: K. Kept in float32. Raises Refused if K is not in 1..n or k_dim is odd.
+    """
+
+    def __init__(self, d_model, n_keys=128, heads=4, k_dim=256, top_k=16):
+        super().__init__()
+        if not 1 <= top_k <= n_keys:
+            raise Refused(f"--top-k {top_k}: a head reads between 1 and --n-keys {n_keys} rows")
+        if heads < 1 or k_dim < 2 or k_dim % 2:
+            raise Refused(f"--heads {heads} --k-dim {k_dim}: give a head or more, an even k_dim")
+        self.n_keys, self.heads, self.top_k = n_keys, heads, top_k
+        self.query = nn.Linear(d_model, heads * k_dim, bias=False)  # W_q
+        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, k_dim // 2))  # K1, K2 of each head
+        self.values = nn.Parameter(torch.empty(n_keys**2, d_model))  # V
+        self.gate = nn.Linear(d_model, d_model, bias=False)  # W1
+        self.out = nn.Linear(d_model, d_model, bias=False)  # W2
+        nn.init.normal_(self.keys, std=(k_dim // 2) ** -0.5)  # scores of unit variance
+        for weight in (self.values, self.query.weight, self.gate.weight, self.out.weight):
+            nn.init.normal_(weight, std=d_model**-0.5)
+        self.register_buffer("query_mean", torch.zeros(heads * k_dim))
+        self.register_buffer("query_var", torch.ones(heads * k_dim))
+        rows = torch.zeros(n_keys**2, dtype=torch.int64)  # (N,)
+        self.register_buffer("doc_freq", rows)  # b, see collect_background
+        self.register_buffer("background_counts", rows.clone())  # C
+        self.register_buffer("num_batches", torch.tensor(0))  # B
+        self.tape = None  # see record_reads
+
+    def lookup(self, x):
+        """x (..., D) -> rows (..., H, K) int64; weights (..., H, K), which sum to one over K.
+
+        Exact: the K best sums s1[i] + s2[j] use the K best s1 and the K best s2 [Lample19 §3].
+        """
+        q = (self.query(x) - self.query_mean) * (self.query_var + 1e-5).rsqrt()  # (..., H * k_dim)
+        q = q.unflatten(-1, (self.heads, 2, -1))  # (..., H, 2, k_dim / 2)
+        scores = torch.einsum("...hpd,hpnd->...hpn", q, self.keys)  # (..., H, 2, n)
+        best, index = scores.topk(self.top_k)  # (..., H, 2, K) both
+        sums = best[..., 0, :, None] + best[..., 1, None, :]  # (..., H, K, K)
+        best, pair = sums.flatten(-2).topk(self.top_k)  # (..., H, K) both
+        i1 = index[..., 0, :].gather(-1, pair // self.top_k)  # (..., H, K)
+        i2 = index[..., 1, :].gather(-1, pair % self.top_k)  # (..., H, K)
+        return i1 * self.n_keys + i2, best.softmax(-1)  # (..., H, K) both
+
+    def forward(self, x):
+        """x (B, T, D) -> W2 (y * SiLU(W1 x)), y = sum of weight * V[row] [Berges24 §3]."""
+        dtype, x = x.dtype, x.float()  # (B, T, D)
+        rows, weights = self.lookup(x)  # (B, T, H, K) both
+        bags = rows.flatten(-2).flatten(0, -2)  # (B * T, H * K)
+        y = F.embedding_bag(bags, self.values, per_sample_weights=weights.view_as(bags), mode="sum")
+        y = y.view_as(x)  # (B, T, D)
+        if self.tape is not None:
+            if torch.is_grad_enabled():  # with V frozen, the lowest y must ask for its dL/dy
+                y.requires_grad_().retain_grad()
+            self.tape.append(Read(x.detach(), rows, weights.detach(), y))
+        return self.out(y * F.silu(self.gate(x))).to(dtype)  # (B, T, D)
+
+    @torch.no_grad()
+    def track_queries(self, x, momentum):
+        """Move the query's mean and variance towards those of the real tokens x (S, D) of a batch.
+
+        Without a batch normalisation of the query, training can make all tokens read the same few
+        rows [Lample19 §4]. momentum: 0 keeps the statistics, 1 replaces them.
+        # differs: normalised by these running statistics always, in training too; so padding,
+        # micro-batches and evaluation change nothing.
+        """
+        query = self.query(x)  # (S, H * k_dim)
+        self.query_mean.lerp_(query.mean(0), momentum)
+        self.query_var.lerp_(query.var(0, correction=0), momentum)
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Putting memories into a model
+
+
+class AdditiveMemory(nn.Module):
+    """h = MLP(x) + alpha * Mem(x); the pretrained MLP stays; alpha is `scale` [Gupta26 §3.1]."""
+
+    def __init__(self, mlp, memory, scale=0.01):
+        super().__init__()
+        self.mlp, self.memory = mlp, memory
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def forward(self, x):
+        return self.mlp(x) + self.scale * self.memory(x)  # (B, T, D)
+
+
+class ReplacementMemory(nn.Module):
+    """h = Mem(x): the pretrained MLP is dropped [Gupta26 §3.1]."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory = memory
+
+    def forward(self, x):
+        return self.memory(x)  # (B, T, D)
+
+
+def decoder_blocks(model):
+    """The blocks of a Hugging Face decoder: its first ModuleList whose members all have an .mlp."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and all(hasattr(b, "mlp") for b in module):
+            return module
+    raise Refused(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
+
+
+def default_layers(model):
+    """1/4, 1/2 and 3/4 of the depth: 6, 12 and 18 in Qwen2.5-0.5B [Gupta26 §3.1]."""
+    depth = len(decoder_blocks(model))
+    return [depth // 4, depth // 2, 3 * depth // 4]
+
+
+def retrofit(model, layers, mode="additive", scale=0.01, **memory_shape):
+    """Put a memory into the blocks `layers` (0-based) of a Hugging Face decoder, freeze the rest.
+
+    mode: "additive" or "replacement". scale: alpha at the start. memory_shape: n_keys, heads,
+    k_dim, top_k. Changes the model and returns it. Raises Refused on an unknown mode or layer.
+    """
+    blocks = decoder_blocks(model)
+    if mode not in ("additive", "replacement"):
+        raise Refused(f"--mode {mode}: choose additive or replacement")
+    if len(set(layers)) < max(len(layers), 1) or not set(layers) <= set(range(len(blocks))):
+        raise Refused(f"--layers {layers}: name layers from 0 to {len(blocks) - 1}, each once")
+    if wrappers(model):
+        raise Refused(f"--layers {layers}: this model has memories already; load it without them")
+    model.requires_grad_(False)
+    for layer in layers:
+        mlp = blocks[layer].mlp
+        memory = ProductKeyMemory(model.config.get_text_config().hidden_size, **memory_shape)
+        additive = mode == "additive"
+        new = AdditiveMemory(mlp, memory, scale) if additive else ReplacementMemory(memory)
+        blocks[layer].mlp = new.to(next(mlp.parameters()).device)
+    return model
+
+
+def wrappers(model):
+    """{layer: its AdditiveMemory or ReplacementMemory}, the lowest first."""
+    return {layer: block.mlp for layer, block in enumerate(decoder_blocks(model))
+            if isinstance(block.mlp, (AdditiveMemory, ReplacementMemory))}
+
+
+def memories(model):
+    """{layer: its ProductKeyMemory}, the lowest first."""
+    return {layer: wrapper.memory for layer, wrapper in wrappers(model).items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Counting reads
+
+
+@contextmanager
+def record_reads(model):
+    """Within this block every forward pass leaves a Read: yields {layer: [Read, ...]}.
+
+    Outside of it nothing is kept: generation and evaluation cannot leak into the counts.
+    """
+    tapes = {layer: [] for layer in memories(model)}
+    for layer, memory in memories(model).items():
+        memory.tape = tapes[layer]
+    try:
+        yield tapes
+    finally:
+        for memory in memories(model).values():
+            memory.tape = None
+
+
+def real_tokens(reads, masks):
+    """Join the micro-batches of one batch and leave the padding out.
+
+    reads: list of Read. masks: their attention masks, each (B, T). -> x (S, D), rows (S, H, K),
+    weights (S, H, K), dy = dL/dy (S, D), None if there was no backward.
+    """
+    trained = [read for read in reads if read.y.grad is not None]
+    reads = trained or reads  # gradient checkpointing runs a block twice, one pass has a gradient
+    assert len(reads) == len(masks), "one mask for each forward pass"
+    tensors = [read._replace(y=read.y.grad if trained else read.y) for read in reads]
+    x, rows, weights, dy = (torch.cat([tensor[mask.bool()] for tensor, mask in zip(column, masks)])
+                            for column in zip(*tensors))
+    return x, rows, weights, dy if trained else None
+
+
+def count_reads(rows, n_rows):
+    """c: how often each of the n_rows = N rows occurs in `rows`, of any shape -> (N,) int64."""
+    return torch.bincount(rows.flatten(), minlength=n_rows)  # (N,)
+
+
+@torch.no_grad()
+def read_only(model, batch):
+    """One forward pass of a collated batch for its reads alone -> {layer: [Read]}."""
+    with record_reads(model) as tapes:
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1,
+              use_cache=False)  # of the logits, only the last
+    return tapes
+
+
+@torch.no_grad()
+def collect_background(model, batches):
+    """Record in each memory what general text reads of it [Gupta26 §3.2, App. A].
+
+    batches: collated batches (see collate). Sets doc_freq (N,), b_i: how many examples read row i;
+    background_counts (N,), C_i: all reads of it; num_batches, B: how many examples there were.
+    # differs: examples run together, for speed, but each counts as a batch of one, as in the paper.
+    """
+    for memory in memories(model).values():
+        for buffer in (memory.doc_freq, memory.background_counts, memory.num_batches):
+            buffer.zero_()
+    for batch in batches:
+        tapes = read_only(model, batch)
+        for layer, memory in memories(model).items():
+            for rows, mask in zip(tapes[layer][0].rows, batch["attention_mask"].bool()):
+                counts = count_reads(rows[mask], len(memory.values))  # (N,)
+                memory.doc_freq += counts > 0
+                memory.background_counts += counts
+                memory.num_batches += 1
+
+
+def spread(counts):
+    """How evenly a memory is read, counts (N,) -> (usage, KL) [Lample19 §4].
+
+    usage: share of rows ever read. KL: of the reads from uniform, nats; 0 even, log N one row.
+    """
+    p = counts.double() / counts.sum()  # (N,)
+    return (counts > 0).double().mean().item(), math.log(len(p)) + torch.xlogy(p, p).sum().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Scoring rows: read much by this batch, little in general
+
+
+def tfidf_scores(counts, doc_freq, num_batches):
+    """TF-IDF [Lin25 §3]: (c_i / sum c) * log((B + 1) / (b_i + 1)).
+
+    counts (N,): c, this batch's reads. doc_freq (N,): b. num_batches: B. -> (N,)
+    """
+    return counts / counts.sum() * torch.log((num_batches + 1) / (doc_freq + 1))  # (N,)
+
+
+def kl_scores(counts, background_counts):
+    """KL [Gupta26 §3.2]: p_i log(p_i / q_i), p = c / sum c, q = (C + 1) / sum (C + 1).
+
+    counts (N,): c, this batch's reads. background_counts (N,): C. -> (N,). The add-one is ours.
+    """
+    p = counts / counts.sum()  # (N,)
+    q = (background_counts + 1) / (background_counts + 1).sum()  # (N,)
+    return torch.xlogy(p, p / q)  # (N,) 0 where a row is not read
+
+
+def top_rows(scores, counts, t):
+    """The t best of the rows that were read (of equal scores, the lower row) -> bool (N,).
+
+    Exactly min(t, rows read) are True. scores, counts (N,). Raises Refused if t < 1.
+    """
+    if t < 1:
+        raise Refused(f"--top-t {t}: update at least one row")
+    read = counts.nonzero().squeeze(-1)  # (rows read,)
+    best = read[scores[read].argsort(descending=True, stable=True)[:t]]  # (min(t, rows read),)
+    return torch.zeros_like(counts, dtype=torch.bool).index_fill_(0, best, True)  # (N,)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Updating the selected rows and nothing else: the trap
+#
+# The papers mask the gradient of V with a hook. It is two lines:
+
+
+def mask_gradient(values, mask):
+    """The papers' hook [Lin25 §3]: zero the gradient of values (N, D) where mask (N,) is False."""
+    return values.register_hook(lambda gradient: gradient * mask[:, None])  # (N, D)
+
+
+# With V in an ordinary optimizer this does NOT freeze the other rows. AdamW moves a row whose
+# gradient is zero: by weight decay, at every step, and by the momentum left from earlier steps that
+# did select it (test_smf.py shows both). It also keeps gradient and moments of the whole table.
+#
+# So here V is frozen as far as autograd knows. For y = sum_r weight_r * V[r], the gradient of a row
+# is the sum of weight * dL/dy over its reads, and Read holds all of that. row_gradient adds it up
+# for the selected rows alone, RowOptimizer keeps moments for those rows alone, and the cost is that
+# of the rows selected, however long the table.
+
+
+def row_gradient(rows, weights, dy, mask):
+    """The gradient of the selected rows: what autograd would give for V, times the mask.
+
+    rows, weights (S, H, K), dy (S, D): see real_tokens. mask (N,) bool.
+    -> selected (t,), the rows in rising order, and their gradient (t, D).
+    """
+    selected = mask.nonzero().squeeze(-1)  # (t,)
+    line = mask.cumsum(0) - 1  # (N,) where a selected row stands in `selected`
+    gradient = dy.new_zeros(len(selected), dy.shape[-1])  # (t, D)
+    for head in range(rows.shape[1]):  # head by head, to spare memory
+        token, read = mask[rows[:, head]].nonzero(as_tuple=True)  # (R,) reads of selected rows
+        share = weights[token, head, read, None] * dy[token]  # (R, D)
+        gradient.index_add_(0, line[rows[token, head, read]], share)  # (t, D)
+    return selected, gradient
+
+
+class RowOptimizer:
+    """AdamW or SGD for the rows of one table that a step selects; all others stay bit-identical.
+
+    Lazy moments: a row's moments and its age, the number of steps that selected it, advance only
+    when it is selected, and bias correction uses that age. To a row, the steps that passed it over
+    never happened; when first selected, it moves as at Adam's first step.
+    kind: "adamw" or "sgd". eps: ours; row gradients can be ~1e-8 (alpha scales them), and the usual
+    1e-8 would swallow them. It is added outside of the root, as in torch.
+    """
+
+    def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0,
+                 momentum=0.0):
+        self.values, self.kind, self.betas, self.eps = values, kind, betas, eps
+        self.weight_decay, self.momentum = weight_decay, momentum
+        self.line = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its line
+        none = values.detach()[:0]  # (0, D)
+        self.state = {"rows": self.line[:0], "age": none[:, :1], "m": none, "v": none}
+
+    def load_state(self, state):
+        """Go on from a .state that was saved."""
+        self.state = state
+        self.line[state["rows"]] = torch.arange(len(state["rows"]), device=self.line.device)
+
+    def lines(self, rows):
+        """The lines of these rows (t,) in the state; rows selected for the first time get zeros."""
+        new = rows[self.line[rows] < 0]  # (first-time rows,)
+        self.line[new] = len(self.state["rows"]) + torch.arange(len(new), device=new.device)
+        for name, old in self.state.items():
+            fresh = new if name == "rows" else old.new_zeros(len(new), old.shape[1])
+            self.state[name] = torch.cat([old, fresh])  # (rows ever selected, ...)
+        return self.line[rows]  # (t,)
+
+    @torch.no_grad()
+    def step(self, rows, gradient, lr):
+        """Update values[rows], rows (t,) without repeats, by their gradient (t, D)."""
+        at, (beta1, beta2) = self.lines(rows), self.betas  # (t,)
+        age, m, v = (self.state[name] for name in ("age", "m", "v"))
+        if self.kind == "sgd":
+            m[at] = update = self.momentum * m[at] + gradient  # (t, D)
+        else:
+            age[at] += 1  # (t, 1)
+            m[at] = beta1 * m[at] + (1 - beta1) * gradient  # (t, D)
+            v[at] = beta2 * v[at] + (1 - beta2) * gradient**2  # (t, D)
+            root = (v[at] / (1 - beta2 ** age[at])).sqrt()  # (t, D)
+            update = m[at] / (1 - beta1 ** age[at]) / (root + self.eps)  # (t, D)
+        self.values[rows] -= lr * (update + self.weight_decay * self.values[rows])  # (t, D)
+
+
+def clip_(gradients, max_norm):
+    """Scale a list of tensors, in place, to a joint norm of at most max_norm -> the norm before."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    for gradient in gradients:
+        gradient.mul_((max_norm / (norm + 1e-12)).clamp(max=1.0))
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Saving and loading: safetensors and JSON only; a file appears whole or not at all
+
+
+def write_atomic(path, write):
+    """Call write(temporary path) and rename: a reader sees the old file or the new, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path}: cannot be read ({error}); name a run of this project") from None
+
+
+def write_tensors(path, tensors):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary))
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"{path}: cannot be read ({error}); make it again, --overwrite") from None
+
+
+def memory_state(model):
+    """{name: tensor} of all that the retrofit added, and of nothing that was pretrained."""
+    return {f"{layer}.{name}": tensor for layer, wrapper in wrappers(model).items()
+            for name, tensor in wrapper.state_dict().items() if not name.startswith("mlp.")}
+
+
+@torch.no_grad()
+def load_memory(model, tensors, source):
+    """Copy a memory_state into a retrofitted model; Refused if names or shapes differ."""
+    own = memory_state(model)
+    saved = {name: tensor for name, tensor in tensors.items() if name[0].isdigit()}
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+        raise Refused(f"{source}: its tensors do not fit the model and memory of its config.json")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def optimizer_tensors(optimizer):
+    """The state of a torch optimizer as a flat {name: tensor}."""
+    return {f"optimizer.{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()}
+
+
+def load_optimizer_tensors(optimizer, tensors):
+    """The inverse of optimizer_tensors; other tensors are passed over."""
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_base(name, dtype="float32", device="cpu"):
+    """A pretrained model, frozen, and its tokenizer, from a directory or the hub."""
+    path = find("--model", name, "model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"--model {name}: cannot be loaded ({first_line(error)}); name a directory "
+                      f"or hub name of a Hugging Face causal language model") from None
+    return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def read_config(run_dir):
+    """config.json of a run; Refused unless it has all that load needs."""
+    path = Path(run_dir, "config.json")
+    config = read_json(path)
+    needed = {"kind": str, "model": str, "dtype": str}
+    if config.get("kind") != "base":
+        needed |= {"layers": list, "mode": str, "memory": dict}
+    for name, kind in needed.items():
+        if not isinstance(config.get(name), kind):
+            raise Refused(f"{path}: {name} is missing or wrong; make this run again")
+    return config
+
+
+def load(run_dir, device="cpu"):
+    """A finished run from its directory alone -> (model, tokenizer), ready for model.generate."""
+    config, path = read_config(run_dir), Path(run_dir, "memory.safetensors")
+    model, tokenizer = load_base(config["model"], config["dtype"], device)
+    if config["kind"] != "base":
+        retrofit(model, config["layers"], config["mode"], **config["memory"])
+        load_memory(model, read_tensors(path), path)
+    return model.requires_grad_(False), tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. What the scripts share: flags and presets, runs, data, batches, the loss
+
+ROOT = Path(__file__).resolve().parent
+CLIP = 1.0  # norm to which the gradients of a step are clipped (ours)
+
+
+def number(kind, least):
+    """A type of argparse: a finite int of at least `least`, or a float above it."""
+    def read(text):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and (value > least or value == least and kind is int):
+                return value
+        except ValueError:
+            pass
+        wanted = f"a whole number from {least} up" if kind is int else "a number above 0"
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+    return read
+
+
+whole, natural, positive = number(int, 1), number(int, 0), number(float, 0.0)
+
+
+def layer_list(text):
+    return [natural(part) for part in text.split(",")]
+
+
+# A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
+# paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there.
+SHARED = {
+    "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
+    "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
+    "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
+    "n-keys": (whole, 128, 128, "n: sub-keys per half; the memory has n * n rows"),
+    "heads": (whole, 4, 4, "H"),
+    "k-dim": (whole, 32, 256, "width of a head's query"),
+    "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
+    "scale": (positive, 1.0, 0.01, "alpha before stage 1"),
+    "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
+    "background": (whole, 1000, 2000, "examples for the background statistics"),
+    "max-length": (whole, 128, 1024, "tokens of an example; prompts lose their beginning first"),
+    "batch-size": (whole, 16, 16, "examples of an optimizer step"),
+    "micro-batch-size": (whole, None, 4, "examples run at once; changes nothing else (ours)"),
+    "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
+    "seed": (natural, 0, 0, "of initialisation and batches"),
+    "device": (str, "auto", "auto", "cpu, cuda or mps; auto: the best there is"),
+    "dtype": (("auto", "float32", "bfloat16"), "auto", "auto",
+              "of the frozen base; auto: bfloat16 on cuda. What is trained is float32"),
+    "out": (Path, None, None, "run directory; none: out/<preset>/<condition>-seed<seed>"),
+}
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "memory.safetensors",
+             "eval.json")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(description, flags, argv=None, positional=None):
+    """The command line -> args with the preset's defaults; args.given: what the line itself has."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=("tiny", "paper"), default="tiny",
+                        help="defaults for the embedded model, or of the papers (tiny)")
+    if positional:
+        parser.add_argument(positional, nargs="*", type=Path, default=[])
+    for name, (kind, tiny, paper, text) in flags.items():
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
+        how = {"action": "store_true"} if kind is bool else how
+        text += f" ({tiny})" if tiny == paper else f" ({tiny}; paper: {paper})"
+        parser.add_argument(f"--{name}", help=text, **how)
+    given = vars(parser.parse_args(argv))
+    column = 1 + (given["preset"] == "paper")
+    defaults = {name.replace("-", "_"): row[column] for name, row in flags.items()}
+    args = argparse.Namespace(**defaults | given, given=given)
+    if args.device == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else mps
+    if getattr(args, "dtype", None) == "auto":
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    return args
+
+
+def script(main):
+    """Run a script; bad input ends it with one line on stderr and exit code 2."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        main()
+    except Refused as error:
+        message = " ".join(str(error).split())
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # below any bar
+        sys.exit(2)
+
+
+def run_directory(args, condition):
+    """--out, or out/<preset>/<condition>-seed<k>. Refused where something would be lost."""
+    run = args.out or Path("out", args.preset, f"{condition}-seed{args.seed}")
+    used = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    if used and not (run / "config.json").is_file():
+        raise Refused(f"--out {run}: exists and is no run of this project; name another directory")
+    if used and not args.resume and not args.overwrite:
+        raise Refused(f"--out {run}: exists; --resume goes on with it, --overwrite begins it again")
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    if args.batch_size % args.micro_batch_size:
+        raise Refused(f"--micro-batch-size {args.micro_batch_size}: does not divide --batch-size "
+                      f"{args.batch_size}; give a divisor")
+    return run
+
+
+def begin_run(run, args, config):
+    """Write config.json, or check it against that of a resumed run -> step, checkpoint."""
+    passing = ("given", "out", "resume", "overwrite", "device", "save_every", "micro_batch_size")
+    arguments = {name: value for name, value in vars(args).items() if name not in passing}
+    config = json.loads(json.dumps(config | {"arguments": arguments}, default=str))
+    metrics, checkpoint = run / "metrics.jsonl", run / "checkpoint.safetensors"
+    step, tensors = 0, {}
+    if args.resume and (run / "config.json").exists():
+        old = read_json(run / "config.json")
+        for name, value in (config | config["arguments"]).items():
+            if name != "arguments" and (old | old["arguments"]).get(name) != value:
+                raise Refused(f"--resume: {run} has another {name}; give the same, or --overwrite")
+        if checkpoint.exists():
+            tensors = read_tensors(checkpoint)
+            step = int(tensors["step"])
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            (run / name).unlink(missing_ok=True)
+        write_json(run / "config.json", config)
+    if not (run / "memory.safetensors").exists():  # unfinished: drop the lines after the checkpoint
+        lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
+        write_atomic(metrics, lambda temporary: temporary.write_text("".join(lines)))
+    return step, tensors
+
+
+def log_step(run, metrics):
+    """Add a step to metrics.jsonl; print every tenth."""
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    if metrics["step"] % 10 == 0:
+        tqdm.write("  ".join(f"{name} {value:.4g}" if type(value) is float else f"{name} {value}"
+                             for name, value in metrics.items()))
+
+
+def check_finite(loss, norm, step):
+    """Refused, before the update, unless loss and gradient norm are finite numbers."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise Refused(f"--lr: at step {step} the loss is {loss} and the gradient norm {norm}; the "
+                      f"last checkpoint stands. Begin again with a lower --lr and --overwrite")
+
+
+def peak_memory(device):
+    """Peak memory of this process, GiB: on the GPU if the device is one, else in main memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def portable(name):
+    """A model's name for config.json: relative to this repository if within it, else absolute."""
+    for path in (Path(name), ROOT / name):
+        if path.exists():
+            path = path.resolve()
+            return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return name
+
+
+def first_line(error):
+    return f"{type(error).__name__}: " + (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def find(flag, name, kind):
+    """A "model" or "dataset": a directory, as named or beside smf.py, or a name on the hub."""
+    for path in (Path(name), ROOT / name):
+        if path.exists():
+            return str(path)
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, the libraries use their cache
+        try:
+            getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
+        except Exception as error:  # network, name, permission: the remedy is the same
+            raise Refused(f"{flag} {name}: no such directory, and not to be had from the hub "
+                          f"({first_line(error)}); name a local directory, or use --preset tiny, "
+                          f"which needs no network") from None
+    return name
+
+
+def read_rows(flag, name, split, columns):
+    """A split of a data set, directory or hub name[:configuration]; Refused without columns."""
+    path, _, configuration = name.partition(":")
+    path = find(flag, path, "dataset")
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise Refused(f"{flag} {name}: cannot load split {split} ({first_line(error)}); name a "
+                      f"directory for datasets.load_dataset, or use --preset tiny, which needs no "
+                      f"network") from None
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing or not len(rows):
+        raise Refused(f"{flag} {name}: split {split} has no " + (f"column {missing[0]}" if missing
+                      else "rows") + f" (columns: {', '.join(rows.column_names)}); see --help")
+    return rows
+
+
+def split_names(flag, name):
+    """The splits of a data set, directory or hub name[:configuration]."""
+    path, _, configuration = name.partition(":")
+    try:
+        return datasets.get_dataset_split_names(find(flag, path, "dataset"), configuration or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise Refused(f"{flag} {name}: cannot be loaded ({first_line(error)}); name a directory "
+                      f"for datasets.load_dataset") from None
+
+
+class Example(NamedTuple):
+    ids: list  # tokens of the prompt and the answer
+    start: int  # where the answer begins; the loss counts from there
+
+
+def prompt_ids(tokenizer, prompt):
+    """The tokens before an answer, one and the same in training, scoring and generation."""
+    if tokenizer.chat_template is None:
+        return tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                         add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, prompt, answer, max_length=sys.maxsize, end=True):
+    """-> Example of at most max_length tokens: the prompt loses its beginning, then the answer its
+    end. end: whether the end token follows, as in training, or not, as in scoring."""
+    space = " " if tokenizer.chat_template is None else ""
+    answer = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
+    answer = (answer + [tokenizer.eos_token_id] * end)[:max_length - 1]
+    prompt = prompt_ids(tokenizer, prompt)[-(max_length - len(answer)):]
+    if not answer:
+        raise Refused(f"--max-length {max_length}: an example has no answer left to learn from; "
+                      f"raise it, and look for empty answers in the data")
+    return Example(prompt + answer, len(prompt))
+
+
+def collate(examples, device="cpu"):
+    """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (C,), targets (B, C).
+
+    columns: positions where some example predicts a target; only there are logits needed.
+    targets: the token to be predicted there, -100 for none.
+    """
+    T = max(len(example.ids) for example in examples)
+    input_ids = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T) pads are masked: any id
+    mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)  # (B, T) both
+    for b, (ids, start) in enumerate(examples):
+        input_ids[b, :len(ids)], mask[b, :len(ids)] = torch.tensor(ids), 1
+        labels[b, start:len(ids)] = torch.tensor(ids[start:])
+    columns = (labels[:, 1:] != -100).any(0).nonzero().squeeze(-1)  # (C,)
+    batch = {"input_ids": input_ids, "attention_mask": mask, "columns": columns,
+             "targets": labels[:, columns + 1]}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def token_loss(model, batch):
+    """-log p of every target of a collated batch -> (B, C), 0 where there is none."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"],
+                   logits_to_keep=batch["columns"], use_cache=False).logits  # (B, C, vocabulary)
+    return F.cross_entropy(logits.float().transpose(1, 2), batch["targets"], ignore_index=-100,
+                           reduction="none")  # (B, C)
+
+
+def batch_stream(examples, batch_size, seed, start=0):
+    """Batches without end from step `start` on, a pure function of its arguments.
+
+    Every epoch is shuffled; in pools of 8 batches, similar lengths go together (fewer pads).
+    """
+    per_epoch = len(examples) // batch_size  # a remainder waits for another epoch
+    for epoch in itertools.count(start // per_epoch):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(len(examples), generator=generator)[:per_epoch * batch_size]
+        pools = [sorted(pool.tolist(), key=lambda i: len(examples[i].ids))
+                 for pool in order.split(8 * batch_size)]
+        order = list(itertools.chain(*pools))
+        shuffled = torch.randperm(per_epoch, generator=generator).tolist()
+        for i in shuffled[start % per_epoch if epoch == start // per_epoch else 0:]:
+            yield [examples[j] for j in order[i * batch_size:(i + 1) * batch_size]]
+
+
+def learning_rate(step, steps, warmup):
+    """Factor of the learning rate: linear warm-up, then a cosine to 0 [Gupta26 App. A]."""
+    return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))

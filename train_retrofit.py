@@ -1,0 +1,162 @@
+"""Stage 1: give a pretrained model memories, train them on general chats, count what those read.
+
+    python train_retrofit.py                      # the embedded tiny model
+    python train_retrofit.py --steps 0            # "fresh": no training, background statistics only
+    python train_retrofit.py --mode replacement
+    python train_retrofit.py --preset paper       # Qwen2.5-0.5B-Instruct and OpenAssistant (hub)
+
+Everything but the memories stays frozen [Gupta26 §3.3]. The run is memory.safetensors, with the
+background statistics in it, config.json, and metrics.jsonl, a line per step.
+"""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+import smf
+from smf import natural, positive, whole
+
+FLAGS = smf.SHARED | {
+    "examples": (whole, 1600, 50000, "assistant replies to train on, at most"),
+    "epochs": (whole, 2, 2, "times that each is seen"),
+    "steps": (natural, None, None, "steps instead of epochs; 0: a fresh memory"),
+    "lr": (positive, 2e-3, 5e-4, "learning rate of V, keys, query, W1, W2"),
+    "scale-lr": (positive, 1e-2, 1e-2, "learning rate of alpha (ours: at --lr it hardly moves)"),
+    "warmup": (natural, 20, 100, "steps of linear warm-up"),
+    "query-momentum": (positive, 0.1, 0.1, "pace of the query's running statistics (ours)"),
+    "resume": (bool, False, False, "go on with a run that was cut short"),
+    "overwrite": (bool, False, False, "begin the run again"),
+}
+HELD_OUT = 128  # chats kept from training, for the held-out loss
+COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are in effective use
+
+
+def general_chats(args):
+    """(prompt, reply) of every assistant message whose parent is there, in a fixed order."""
+    columns = ("message_id", "parent_id", "text", "role")
+    rows = smf.read_rows("--oasst-data", args.oasst_data, "train", columns).shuffle(seed=0)
+    texts = dict(zip(rows["message_id"], rows["text"]))
+    chats = [(texts[row["parent_id"]], row["text"]) for row in rows
+             if row["role"] == "assistant" and row["parent_id"] in texts]
+    if len(chats) < HELD_OUT + args.batch_size:
+        raise smf.Refused(f"--oasst-data {args.oasst_data}: {len(chats)} replies with prompts; at "
+                          f"least {HELD_OUT} + --batch-size {args.batch_size} are needed")
+    return chats
+
+
+def micro_batches(examples, args, label):
+    """Collated batches of --micro-batch-size examples, under a progress bar."""
+    for i in tqdm(range(0, len(examples), args.micro_batch_size), desc=label, leave=False):
+        yield smf.collate(examples[i:i + args.micro_batch_size], args.device)
+
+
+def calibrate(model, batches):
+    """Set the query's running statistics from a few batches, before training."""
+    batches = list(batches)
+    passes = [smf.read_only(model, batch) for batch in batches]
+    masks = [batch["attention_mask"] for batch in batches]
+    for layer, memory in smf.memories(model).items():
+        x, *_ = smf.real_tokens([tapes[layer][0] for tapes in passes], masks)
+        memory.track_queries(x, momentum=1.0)
+
+
+@torch.no_grad()
+def measure(model, general, held_out, when, args):
+    """Collect the background; print how evenly it reads each memory, and the held-out loss.
+
+    Warns of a memory that has collapsed to a few rows [Lample19 §4].
+    """
+    smf.collect_background(model, micro_batches(general, args, "background"))
+    for layer, memory in smf.memories(model).items():
+        usage, kl = smf.spread(memory.background_counts)
+        print(f"{when}: layer {layer}: usage {usage:.1%} of {len(memory.values)} rows, "
+              f"KL of the reads from uniform {kl:.2f} nats")
+        if kl > COLLAPSED:
+            print(f"WARNING: the memory of layer {layer} has collapsed to a few rows; SMF has "
+                  f"little to choose from. Lower --lr or --steps, or try --steps 0")
+    losses = [smf.token_loss(model, batch)[batch["targets"] != -100]
+              for batch in micro_batches(held_out, args, "held-out loss")]
+    print(f"{when}: held-out loss {torch.cat(losses).mean().item():.4f}")
+
+
+def train(model, examples, steps, run, step, checkpoint, args):
+    """AdamW on everything in the memories, alpha at its own rate; goes on from a checkpoint."""
+    trained = [parameter for wrapper in smf.wrappers(model).values()
+               for name, parameter in wrapper.named_parameters() if not name.startswith("mlp.")]
+    scales = [parameter for parameter in trained if parameter.dim() == 0]
+    tables = [parameter for parameter in trained if parameter.dim() > 0]
+    optimizer = torch.optim.AdamW([{"params": tables, "initial_lr": args.lr},
+                                   {"params": scales, "initial_lr": args.scale_lr}],
+                                  eps=1e-15, weight_decay=0.0)  # eps: see smf.RowOptimizer
+    if checkpoint:
+        smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
+        smf.load_optimizer_tensors(optimizer, checkpoint)
+    stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
+    bar = tqdm(range(step, steps), desc="stage 1", initial=step, total=steps)
+    for step, batch in zip(bar, stream):
+        start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["initial_lr"]
+        targets = sum(len(example.ids) - example.start for example in batch)
+        loss, masks = 0.0, []
+        with smf.record_reads(model) as tapes:
+            for i in range(0, len(batch), args.micro_batch_size):
+                micro = smf.collate(batch[i:i + args.micro_batch_size], args.device)
+                micro_loss = smf.token_loss(model, micro).sum() / targets  # of the whole batch
+                micro_loss.backward()
+                loss += micro_loss.item()
+                masks.append(micro["attention_mask"])
+        norm = torch.nn.utils.clip_grad_norm_(trained, smf.CLIP).item()
+        smf.check_finite(loss, norm, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, memory in smf.memories(model).items():
+            x, *_ = smf.real_tokens(tapes[layer], masks)
+            memory.track_queries(x, args.query_momentum)
+        tokens = sum(len(example.ids) for example in batch)
+        smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
+                           "tokens/s": round(tokens / (time.perf_counter() - start)),
+                           "alpha": [round(scale.item(), 4) for scale in scales]})
+        if (step + 1) % args.save_every == 0:
+            smf.write_tensors(run / "checkpoint.safetensors", smf.memory_state(model)
+                              | smf.optimizer_tensors(optimizer) | {"step": torch.tensor(step + 1)})
+
+
+def main(argv=None):
+    args = smf.parse(__doc__, FLAGS, argv)
+    run = smf.run_directory(args, f"{args.mode}-{'fresh' if args.steps == 0 else 'retrofit'}")
+    model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
+    shape = {"n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim, "top_k": args.top_k}
+    layers = args.layers or smf.default_layers(model)
+    torch.manual_seed(args.seed)
+    smf.retrofit(model, layers, args.mode, args.scale, **shape)
+    chats = general_chats(args)[:HELD_OUT + max(args.examples, args.background)]
+    examples = [smf.encode(tokenizer, *chat, args.max_length)
+                for chat in tqdm(chats, desc="tokenize", leave=False)]
+    held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
+    general, examples = examples[:args.background], examples[:args.examples]
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * (len(examples) // args.batch_size)
+    step, checkpoint = smf.begin_run(run, args, {
+        "kind": "retrofit", "model": smf.portable(args.model), "dtype": args.dtype,
+        "layers": layers, "mode": args.mode, "memory": shape})
+    if (run / "memory.safetensors").exists():
+        return print(f"stage 1: {run} is finished already")
+    print(f"stage 1: {args.mode}, layers {layers}, {steps} steps, {len(examples)} chats -> {run}")
+    began = time.time()
+    if step == 0:
+        calibrate(model, micro_batches(general[:64], args, "calibrate"))
+    if steps and step == 0:
+        measure(model, general, held_out, "before", args)
+    train(model, examples, steps, run, step, checkpoint, args)
+    measure(model, general, held_out, "after", args)
+    smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
+    (run / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(f"stage 1: {time.time() - began:.0f} s, peak memory {smf.peak_memory(args.device):.2f} "
+          f"GiB, saved in {run}")
+
+
+if __name__ == "__main__":
+    smf.script(main)

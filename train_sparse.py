@@ -1,0 +1,172 @@
+"""Stage 2, Sparse Memory Finetuning: learn facts or a task in a few memory rows, then measure.
+
+    python train_sparse.py --scorer tfidf                 # the embedded tiny model, both stages
+    python train_sparse.py --scorer kl
+    python train_sparse.py --scorer tfidf --train-scale   # +S: the alphas too
+    python train_sparse.py --mode replacement --task medmcqa
+    python train_sparse.py --retrofit RUN_DIR             # from this run of train_retrofit.py
+    python train_sparse.py --preset paper --scorer kl     # Qwen2.5-0.5B-Instruct, MedMCQA (hub)
+
+Starts from the run of train_retrofit.py of the same mode and seed; makes it first if there is none.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import eval as evaluation
+import smf
+import train_retrofit
+from smf import natural, positive, whole
+
+FLAGS = smf.SHARED | evaluation.EVALUATION | {
+    "scorer": (("tfidf", "kl", "count", "random", "all"), "tfidf", "tfidf",
+               "how to choose rows; count, random and all rows read are controls"),
+    "top-t": (whole, 500, 500, "t: rows updated per memory and step [Lin25]"),
+    "optimizer": (("adamw", "sgd"), "adamw", "adamw", "of the rows"),
+    "lr": (positive, None, None, "learning rate of the rows; none: 1, or for sgd 1e4 (ours)"),
+    "train-scale": (bool, False, False, "+S: train the alphas too"),
+    "scale-lr": (positive, 1e-2, 1e-2, "learning rate of the alphas (ours)"),
+    "epochs": (whole, 10, 3, "times that each example is seen"),
+    "steps": (whole, None, None, "steps instead of epochs"),
+    "warmup": (natural, 10, 100, "steps of linear warm-up"),
+    "retrofit": (Path, None, None, "stage-1 run to start from; none: that of this mode and seed"),
+    "resume": (bool, False, False, "go on with a run that was cut short"),
+    "overwrite": (bool, False, False, "begin the run again"),
+}
+LEARNING_RATE = {"adamw": 1.0, "sgd": 1e4}
+
+
+def stage_1(args):
+    """The run of train_retrofit.py to start from; the default one is made if it is missing."""
+    beside = args.out.parent if args.out else Path("out", args.preset)
+    run = args.retrofit or beside / f"{args.mode}-retrofit-seed{args.seed}"
+    if args.retrofit is None and not (run / "memory.safetensors").exists():
+        print(f"no retrofit in {run} yet: running stage 1 first")
+        flags = {name: args.given[name.replace("-", "_")] for name in smf.SHARED
+                 if name.replace("-", "_") in args.given} | {"out": run}
+        flags = {name: ",".join(map(str, value)) if name == "layers" else value
+                 for name, value in flags.items()}
+        train_retrofit.main([f"--preset={args.preset}", "--resume",
+                             *(f"--{name}={value}" for name, value in flags.items())])
+    return run
+
+
+def check_same(retrofit, config, args):
+    """Refused if a flag contradicts the retrofit; with --retrofit, only flags given count."""
+    names = ("mode", "dtype", "layers", "n_keys", "heads", "k_dim", "top_k")
+    asked = {name: getattr(args, name) for name in names} | {"model": smf.portable(args.model)}
+    for name, value in asked.items():
+        made = (config | config["memory"]).get(name)
+        if value not in (made, None) and (name in args.given or args.retrofit is None):
+            raise smf.Refused(f"--{name.replace('_', '-')} {value}: {retrofit} was made with "
+                              f"{made}; leave the flag out, or make another retrofit with "
+                              f"train_retrofit.py --out DIR and name it here with --retrofit DIR")
+
+
+def score_rows(scorer, memory, counts, seed):
+    """Scores (N,) of the rows for the reads counts (N,) of a batch: two scorers, three controls."""
+    if scorer == "tfidf":
+        return smf.tfidf_scores(counts, memory.doc_freq, memory.num_batches)
+    if scorer == "kl":
+        return smf.kl_scores(counts, memory.background_counts)
+    if scorer == "random":  # any rows that the batch read
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(len(counts), generator=generator).to(counts.device)
+    return counts.float()  # count: the most read; all: t is then no limit
+
+
+def train(model, examples, steps, run, step, checkpoint, args):
+    """What does this batch read, which of these rows are its own, and an update of those alone."""
+    memories = smf.memories(model)
+    rows_of = {layer: smf.RowOptimizer(m.values, args.optimizer) for layer, m in memories.items()}
+    scales = [wrapper.scale.requires_grad_() for wrapper in smf.wrappers(model).values()
+              if args.train_scale]
+    scale_optimizer = torch.optim.AdamW([{"params": scales}], weight_decay=0.0)
+    if checkpoint:
+        smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
+        smf.load_optimizer_tensors(scale_optimizer, checkpoint)
+        for layer, optimizer in rows_of.items():
+            optimizer.load_state({name: checkpoint[f"rows.{layer}.{name}"].to(args.device)
+                                  for name in optimizer.state})
+    stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
+    bar = tqdm(range(step, steps), desc="stage 2", initial=step, total=steps)
+    for step, batch in zip(bar, stream):
+        start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
+        targets = sum(len(example.ids) - example.start for example in batch)
+        loss, masks, updates = 0.0, [], {}
+        with smf.record_reads(model) as tapes:
+            for i in range(0, len(batch), args.micro_batch_size):
+                micro = smf.collate(batch[i:i + args.micro_batch_size], args.device)
+                micro_loss = smf.token_loss(model, micro).sum() / targets  # of the whole batch
+                micro_loss.backward()
+                loss += micro_loss.item()
+                masks.append(micro["attention_mask"])
+        for layer, memory in memories.items():  # once a batch, however many micro-batches
+            _, rows, weights, dy = smf.real_tokens(tapes[layer], masks)
+            counts = smf.count_reads(rows, len(memory.values))  # (N,)
+            scores = score_rows(args.scorer, memory, counts, 1_000_003 * args.seed + step)  # (N,)
+            t = len(counts) if args.scorer == "all" else args.top_t
+            updates[layer] = smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
+        gradients = [gradient for _, gradient in updates.values()] + [s.grad for s in scales]
+        norm = smf.clip_(gradients, smf.CLIP).item()
+        smf.check_finite(loss, norm, step)
+        for layer, (selected, gradient) in updates.items():
+            rows_of[layer].step(selected, gradient, factor * args.lr)
+        scale_optimizer.param_groups[0]["lr"] = factor * args.scale_lr
+        scale_optimizer.step()
+        scale_optimizer.zero_grad()
+        tokens = sum(len(example.ids) for example in batch)
+        smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
+                           "tokens/s": round(tokens / (time.perf_counter() - start)),
+                           "rows": {layer: len(rows) for layer, (rows, _) in updates.items()}})
+        if (step + 1) % args.save_every == 0:
+            state = {f"rows.{layer}.{name}": tensor for layer, optimizer in rows_of.items()
+                     for name, tensor in optimizer.state.items()}
+            state |= smf.memory_state(model) | smf.optimizer_tensors(scale_optimizer)
+            state["step"] = torch.tensor(step + 1)
+            smf.write_tensors(run / "checkpoint.safetensors", state)
+
+
+def main(argv=None):
+    args = smf.parse(__doc__, FLAGS, argv)
+    args.lr = args.lr or LEARNING_RATE[args.optimizer]
+    condition = f"{args.mode}-{args.scorer}{'+s' if args.train_scale else ''}"
+    run = smf.run_directory(args, condition)
+    if args.train_scale and args.mode == "replacement":
+        raise smf.Refused("--train-scale: --mode replacement has no alpha; leave it out")
+    if args.retrofit is None:
+        smf.find("--model", args.model, "model")
+    data = evaluation.read_data(args)
+    retrofit = stage_1(args)
+    config = smf.read_config(retrofit)
+    check_same(retrofit, config, args)
+    model, tokenizer = smf.load(retrofit, args.device)
+    if any(memory.num_batches == 0 for memory in smf.memories(model).values()):
+        raise smf.Refused(f"--retrofit {retrofit}: without background statistics; make it again "
+                          f"with train_retrofit.py --overwrite")
+    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+    if len(examples) < args.batch_size:
+        raise smf.Refused(f"--batch-size {args.batch_size}: only {len(examples)} examples to learn")
+    steps = args.steps or args.epochs * (len(examples) // args.batch_size)
+    base = evaluation.evaluated(evaluation.base_run(run.parent, config), data, args)
+    before = evaluation.evaluated(retrofit, data, args, (model, tokenizer))
+    step, checkpoint = smf.begin_run(run, args, config | {
+        "kind": "sparse", "retrofit": str(retrofit.resolve())})
+    if not (run / "memory.safetensors").exists():
+        print(f"stage 2: {condition}, {steps} steps, {len(examples)} examples -> {run}")
+        began = time.time()
+        train(model, examples, steps, run, step, checkpoint, args)
+        smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
+        (run / "checkpoint.safetensors").unlink(missing_ok=True)
+        print(f"stage 2: {time.time() - began:.0f} s, peak memory "
+              f"{smf.peak_memory(args.device):.2f} GiB, saved in {run}")
+    after = evaluation.evaluated(run, data, args)
+    print(evaluation.table({"base": (base, before), "before stage 2": (before, before),
+                            "after": (after, before)}))
+
+
+if __name__ == "__main__":
+    smf.script(main)
