@@ -129,8 +129,8 @@ def read_data(args):
                           f"lower --num-facts")
     text = smf.read_rows("--wikitext-data", args.wikitext_data, "test", ("text",))["text"]
     if args.stride >= args.window:
-        raise smf.Refused(f"--stride {args.stride}: the first token of a window has to be scored in "
-                          f"the one before; give less than --window {args.window}")
+        raise smf.Refused(f"--stride {args.stride}: give less than --window {args.window}; the "
+                          f"first token of a window can only be scored in the one before")
     return Data(train, target[:args.eval_examples], knowledge[:args.eval_examples],
                 "\n\n".join(text))
 
@@ -181,7 +181,7 @@ def answers(model, tokenizer, prompts, max_new_tokens=32, size=64):
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
                               eos_token_id=tokenizer.eos_token_id)
     own, model.generation_config = model.generation_config, greedy  # or its penalties would apply
-    examples = [smf.Example(smf.prompt_ids(tokenizer, prompt), 0) for prompt in prompts]
+    examples = [smf.Example(smf.prompt_ids(tokenizer, prompt)[0], 0) for prompt in prompts]
     texts = [""] * len(prompts)
     try:
         for indices, batch in batches(examples, size, "answers"):

@@ -166,12 +166,6 @@ def decoder_blocks(model):
     raise Refused(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
 
 
-def default_layers(model):
-    """1/4, 1/2 and 3/4 of the depth: 6, 12 and 18 in Qwen2.5-0.5B [Gupta26 §3.1]."""
-    depth = len(decoder_blocks(model))
-    return [depth // 4, depth // 2, 3 * depth // 4]
-
-
 def retrofit(model, layers, mode="additive", scale=0.01, **memory_shape):
     """Put a memory into the blocks `layers` (0-based) of a Hugging Face decoder, freeze the rest.
 
@@ -404,14 +398,6 @@ class RowOptimizer:
         self.values[rows] -= lr * (update + self.weight_decay * self.values[rows])  # (t, D)
 
 
-def clip_(gradients, max_norm):
-    """Scale a list of tensors, in place, to a joint norm of at most max_norm -> the norm before."""
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    for gradient in gradients:
-        gradient.mul_((max_norm / (norm + 1e-12)).clamp(max=1.0))
-    return norm
-
-
 # ------------------------------------------------------------------------------------------------
 # 6. Saving and loading: safetensors and JSON only; a file appears whole or not at all
 
@@ -489,7 +475,7 @@ def load_base(name, dtype="float32", device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"--model {name}: cannot be loaded ({first_line(error)}); name a directory "
+        raise Refused(f"--model {name}: cannot be loaded ({error}); name a directory "
                       f"or hub name of a Hugging Face causal language model") from None
     return model.to(device).requires_grad_(False).eval(), tokenizer
 
@@ -572,15 +558,12 @@ RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "memory.s
              "eval.json")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse(description, flags, argv=None, positional=None):
     """The command line -> args with the preset's defaults; args.given: what the line itself has."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line
     parser.add_argument("--preset", choices=("tiny", "paper"), default="tiny",
                         help="defaults for the embedded model, or of the papers (tiny)")
     if positional:
@@ -610,8 +593,8 @@ def script(main):
     try:
         main()
     except Refused as error:
-        message = " ".join(str(error).split())
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # below any bar
+        line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
+        tqdm.write(line, file=sys.stderr)  # print would run into a progress bar
         sys.exit(2)
 
 
@@ -665,11 +648,12 @@ def log_step(run, metrics):
                              for name, value in metrics.items()))
 
 
-def check_finite(loss, norm, step):
-    """Refused, before the update, unless loss and gradient norm are finite numbers."""
+def check_finite(loss, norm, step, save):
+    """Before a step's update: unless loss and gradient norm are finite, save(step) and Refused."""
     if not math.isfinite(loss) or not math.isfinite(norm):
+        save(step)
         raise Refused(f"--lr: at step {step} the loss is {loss} and the gradient norm {norm}; the "
-                      f"last checkpoint stands. Begin again with a lower --lr and --overwrite")
+                      f"state before it is saved. Begin again with a lower --lr and --overwrite")
 
 
 def peak_memory(device):
@@ -690,10 +674,6 @@ def portable(name):
     return name
 
 
-def first_line(error):
-    return f"{type(error).__name__}: " + (str(error).strip().splitlines() or ["no message"])[0]
-
-
 def find(flag, name, kind):
     """A "model" or "dataset": a directory, as named or beside smf.py, or a name on the hub."""
     for path in (Path(name), ROOT / name):
@@ -704,7 +684,7 @@ def find(flag, name, kind):
             getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
         except Exception as error:  # network, name, permission: the remedy is the same
             raise Refused(f"{flag} {name}: no such directory, and not to be had from the hub "
-                          f"({first_line(error)}); name a local directory, or use --preset tiny, "
+                          f"({error}); name a local directory, or use --preset tiny, "
                           f"which needs no network") from None
     return name
 
@@ -716,7 +696,7 @@ def read_rows(flag, name, split, columns):
     try:
         rows = datasets.load_dataset(path, configuration or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise Refused(f"{flag} {name}: cannot load split {split} ({first_line(error)}); name a "
+        raise Refused(f"{flag} {name}: cannot load split {split} ({error}); name a "
                       f"directory for datasets.load_dataset, or use --preset tiny, which needs no "
                       f"network") from None
     missing = [column for column in columns if column not in rows.column_names]
@@ -732,7 +712,7 @@ def split_names(flag, name):
     try:
         return datasets.get_dataset_split_names(find(flag, path, "dataset"), configuration or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise Refused(f"{flag} {name}: cannot be loaded ({first_line(error)}); name a directory "
+        raise Refused(f"{flag} {name}: cannot be loaded ({error}); name a directory "
                       f"for datasets.load_dataset") from None
 
 
@@ -742,25 +722,27 @@ class Example(NamedTuple):
 
 
 def prompt_ids(tokenizer, prompt):
-    """The tokens before an answer, one and the same in training, scoring and generation."""
-    if tokenizer.chat_template is None:
-        return tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                         add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """The tokens before an answer, one and the same in training, scoring and generation, and the
+    space that an answer begins with: none where the prompt itself ends in white space."""
+    chat, text = tokenizer.chat_template is not None, f"Question: {prompt}\nAnswer:"
+    if chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                             add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template has its own
+    return ids, "" if text[-1].isspace() else " "
 
 
 def encode(tokenizer, prompt, answer, max_length=sys.maxsize, end=True):
     """-> Example of at most max_length tokens: the prompt loses its beginning, then the answer its
     end. end: whether the end token follows, as in training, or not, as in scoring."""
-    space = " " if tokenizer.chat_template is None else ""
-    answer = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
-    answer = (answer + [tokenizer.eos_token_id] * end)[:max_length - 1]
-    prompt = prompt_ids(tokenizer, prompt)[-(max_length - len(answer)):]
-    if not answer:
-        raise Refused(f"--max-length {max_length}: an example has no answer left to learn from; "
-                      f"raise it, and look for empty answers in the data")
-    return Example(prompt + answer, len(prompt))
+    prompt, space = prompt_ids(tokenizer, prompt)
+    ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
+    ids = (ids + [tokenizer.eos_token_id] * end)[:max_length - 1]
+    prompt = prompt[-(max_length - len(ids)):]
+    if not answer.strip() or not ids:
+        raise Refused(f"--max-length {max_length}: no token of the answer {answer!r} is left to "
+                      f"learn; raise it, and remove empty answers from the data")
+    return Example(prompt + ids, len(prompt))
 
 
 def collate(examples, device="cpu"):
@@ -785,8 +767,9 @@ def token_loss(model, batch):
     """-log p of every target of a collated batch -> (B, C), 0 where there is none."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"],
                    logits_to_keep=batch["columns"], use_cache=False).logits  # (B, C, vocabulary)
-    return F.cross_entropy(logits.float().transpose(1, 2), batch["targets"], ignore_index=-100,
-                           reduction="none")  # (B, C)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
+                           ignore_index=-100, reduction="none")  # (B * C,)
+    return loss.view_as(batch["targets"])  # (B, C)
 
 
 def batch_stream(examples, batch_size, seed, start=0):

@@ -92,6 +92,11 @@ def train(model, examples, steps, run, step, checkpoint, args):
     if checkpoint:
         smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
         smf.load_optimizer_tensors(optimizer, checkpoint)
+
+    def save(step):
+        state = smf.memory_state(model) | smf.optimizer_tensors(optimizer)
+        smf.write_tensors(run / "checkpoint.safetensors", state | {"step": torch.tensor(step)})
+
     stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
     bar = tqdm(range(step, steps), desc="stage 1", initial=step, total=steps)
     for step, batch in zip(bar, stream):
@@ -108,7 +113,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
                 loss += micro_loss.item()
                 masks.append(micro["attention_mask"])
         norm = torch.nn.utils.clip_grad_norm_(trained, smf.CLIP).item()
-        smf.check_finite(loss, norm, step)
+        smf.check_finite(loss, norm, step, save)
         optimizer.step()
         optimizer.zero_grad()
         for layer, memory in smf.memories(model).items():
@@ -119,8 +124,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
                            "tokens/s": round(tokens / (time.perf_counter() - start)),
                            "alpha": [round(scale.item(), 4) for scale in scales]})
         if (step + 1) % args.save_every == 0:
-            smf.write_tensors(run / "checkpoint.safetensors", smf.memory_state(model)
-                              | smf.optimizer_tensors(optimizer) | {"step": torch.tensor(step + 1)})
+            save(step + 1)
 
 
 def main(argv=None):
@@ -128,7 +132,8 @@ def main(argv=None):
     run = smf.run_directory(args, f"{args.mode}-{'fresh' if args.steps == 0 else 'retrofit'}")
     model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
     shape = {"n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim, "top_k": args.top_k}
-    layers = args.layers or smf.default_layers(model)
+    depth = len(smf.decoder_blocks(model))
+    layers = args.layers or [depth // 4, depth // 2, 3 * depth // 4]  # [Gupta26]: 6, 12, 18 of 24
     torch.manual_seed(args.seed)
     smf.retrofit(model, layers, args.mode, args.scale, **shape)
     chats = general_chats(args)[:HELD_OUT + max(args.examples, args.background)]

@@ -78,6 +78,15 @@ def score_rows(scorer, memory, counts, seed):
     return counts.float()  # count: the most read; all: t is then no limit
 
 
+def select(memory, reads, masks, step, args):
+    """Of what a batch read from one memory: the rows to update (t,) and their gradient (t, D)."""
+    _, rows, weights, dy = smf.real_tokens(reads, masks)
+    counts = smf.count_reads(rows, len(memory.values))  # (N,)
+    scores = score_rows(args.scorer, memory, counts, 1_000_003 * args.seed + step)  # (N,)
+    t = len(counts) if args.scorer == "all" else args.top_t
+    return smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
+
+
 def train(model, examples, steps, run, step, checkpoint, args):
     """What does this batch read, which of these rows are its own, and an update of those alone."""
     memories = smf.memories(model)
@@ -91,12 +100,19 @@ def train(model, examples, steps, run, step, checkpoint, args):
         for layer, optimizer in rows_of.items():
             optimizer.load_state({name: checkpoint[f"rows.{layer}.{name}"].to(args.device)
                                   for name in optimizer.state})
+
+    def save(step):
+        state = {f"rows.{layer}.{name}": tensor for layer, optimizer in rows_of.items()
+                 for name, tensor in optimizer.state.items()} | {"step": torch.tensor(step)}
+        state |= smf.memory_state(model) | smf.optimizer_tensors(scale_optimizer)
+        smf.write_tensors(run / "checkpoint.safetensors", state)
+
     stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
     bar = tqdm(range(step, steps), desc="stage 2", initial=step, total=steps)
     for step, batch in zip(bar, stream):
         start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
         targets = sum(len(example.ids) - example.start for example in batch)
-        loss, masks, updates = 0.0, [], {}
+        loss, masks = 0.0, []
         with smf.record_reads(model) as tapes:
             for i in range(0, len(batch), args.micro_batch_size):
                 micro = smf.collate(batch[i:i + args.micro_batch_size], args.device)
@@ -104,15 +120,13 @@ def train(model, examples, steps, run, step, checkpoint, args):
                 micro_loss.backward()
                 loss += micro_loss.item()
                 masks.append(micro["attention_mask"])
-        for layer, memory in memories.items():  # once a batch, however many micro-batches
-            _, rows, weights, dy = smf.real_tokens(tapes[layer], masks)
-            counts = smf.count_reads(rows, len(memory.values))  # (N,)
-            scores = score_rows(args.scorer, memory, counts, 1_000_003 * args.seed + step)  # (N,)
-            t = len(counts) if args.scorer == "all" else args.top_t
-            updates[layer] = smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
+        updates = {layer: select(memory, tapes[layer], masks, step, args)  # once a whole batch
+                   for layer, memory in memories.items()}
         gradients = [gradient for _, gradient in updates.values()] + [s.grad for s in scales]
-        norm = smf.clip_(gradients, smf.CLIP).item()
-        smf.check_finite(loss, norm, step)
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        smf.check_finite(loss, norm, step, save)
+        for gradient in gradients:
+            gradient.mul_(min(1.0, smf.CLIP / (norm + 1e-12)))
         for layer, (selected, gradient) in updates.items():
             rows_of[layer].step(selected, gradient, factor * args.lr)
         scale_optimizer.param_groups[0]["lr"] = factor * args.scale_lr
@@ -123,11 +137,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
                            "tokens/s": round(tokens / (time.perf_counter() - start)),
                            "rows": {layer: len(rows) for layer, (rows, _) in updates.items()}})
         if (step + 1) % args.save_every == 0:
-            state = {f"rows.{layer}.{name}": tensor for layer, optimizer in rows_of.items()
-                     for name, tensor in optimizer.state.items()}
-            state |= smf.memory_state(model) | smf.optimizer_tensors(scale_optimizer)
-            state["step"] = torch.tensor(step + 1)
-            smf.write_tensors(run / "checkpoint.safetensors", state)
+            save(step + 1)
 
 
 def main(argv=None):
