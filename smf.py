@@ -549,7 +549,7 @@ SHARED = {
     "micro-batch-size": (whole, None, 4, "examples run at once; changes nothing else (ours)"),
     "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
     "seed": (natural, 0, 0, "of initialisation and batches"),
-    "device": (str, "auto", "auto", "cpu, cuda or mps; auto: the best there is"),
+    "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto", "auto: cuda, else mps, else cpu"),
     "dtype": (("auto", "float32", "bfloat16"), "auto", "auto",
               "of the frozen base; auto: bfloat16 on cuda. What is trained is float32"),
     "out": (Path, None, None, "run directory; none: out/<preset>/<condition>-seed<seed>"),
@@ -577,11 +577,14 @@ def parse(description, flags, argv=None, positional=None):
     column = 1 + (given["preset"] == "paper")
     defaults = {name.replace("-", "_"): row[column] for name, row in flags.items()}
     args = argparse.Namespace(**defaults | given, given=given)
+    mps = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if args.device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        args.device = "cuda" if torch.cuda.is_available() else mps
+        args.device = next(device for device in there if there[device])
+    if not there[args.device]:
+        parser.error(f"--device {args.device}: there is none here; leave the flag out")
     if getattr(args, "dtype", None) == "auto":
-        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     return args
 
 
@@ -658,7 +661,7 @@ def check_finite(loss, norm, step, save):
 
 def peak_memory(device):
     """Peak memory of this process, GiB: on the GPU if the device is one, else in main memory."""
-    if device.startswith("cuda"):
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     import resource  # not on Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20

@@ -813,6 +813,8 @@ BAD = [
     (train_retrofit, ["--preset=huge"], "--preset"),
     (train_retrofit, ["--preset=paper"], "--model Qwen"),
     (train_retrofit, ["--stepz=3"], "--stepz"),
+    (train_retrofit, ["--device=cuda"], "--device"),
+    (train_retrofit, ["--device=gpu"], "--device"),
     (train_retrofit, ["--step=3"], "--step"),
     (train_sparse, ["--scorer=best"], "--scorer"),
     (train_sparse, ["--top-t=0"], "--top-t"),
@@ -851,6 +853,7 @@ def refused(capsys, main, *argv):
 def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, script, flags, named):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(smf.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert named in refused(capsys, script.main, *flags)
     assert list(tmp_path.iterdir()) == []
 

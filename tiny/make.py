@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 HERE = Path(__file__).resolve().parent
 PEOPLE, NEW_PEOPLE, UNTAUGHT_PEOPLE = 2500, 40, 40
-EPOCHS, BATCH, WINDOW, LEARNING_RATE = 45, 16, 128, 3e-3
+EPOCHS, BATCH, WINDOW, LEARNING_RATE = 40, 16, 128, 5e-3
 CHATS, QUESTIONS, MCQ_TRAIN, MCQ_TEST, ARTICLES = 2000, 500, 1600, 500, 400
 
 # For each attribute: statements for biographies; six question wordings to train on, then those of
@@ -50,13 +50,15 @@ WORDINGS = {
         ["{n} works for {v}.", "The employer of {n} is {v}.", "{n} has a job at {v}.",
          "The company that employs {n} is {v}."],
         ["Which company employs {n}?", "For which company does {n} work?",
-         "Who is the employer of {n}?", "Name the employer of {n}.", "Tell me who employs {n}.", "What company does {n} work for?",
+         "Who is the employer of {n}?", "Name the employer of {n}.",
+         "Tell me who employs {n}.", "What company does {n} work for?",
          "Which company is the employer of {n}?", "Tell me for which company {n} works."]),
     "instrument": (
         ["{n} plays the {v}.", "The instrument of {n} is the {v}.", "{n} likes to play the {v}.",
          "The instrument that {n} plays is the {v}."],
         ["Which instrument does {n} play?", "What instrument is played by {n}?",
-         "What does {n} play?", "Name the instrument of {n}.", "Tell me which instrument {n} plays.",
+         "What does {n} play?", "Name the instrument of {n}.",
+         "Tell me which instrument {n} plays.",
          "What is the instrument of {n}?",
          "Which instrument is played by {n}?", "Tell me the instrument that {n} plays."]),
 }
@@ -92,7 +94,7 @@ def invent_world(rng):
     """-> people, a list of (name, {attribute: value}), and {attribute: all its values}."""
     taken = set()
     firsts = invent_words(rng, 96, ["a", "o", "in", "el", "is"], taken)
-    lasts = invent_words(rng, 192, ["berg", "sen", "ford", "ley", "ton", "mark"], taken)
+    lasts = invent_words(rng, 400, ["berg", "sen", "ford", "ley", "ton", "mark"], taken)
     values = {"born": invent_words(rng, 64, ["ham", "burg", "ville", "stad"], taken),
               "job": JOBS,
               "employer": invent_words(rng, 64, ["co", "tec", "ix", "corp"], taken),
