@@ -315,7 +315,7 @@ def main(argv=None):
     flags = {"device": smf.SHARED["device"]} | EVALUATION
     args = smf.parse(__doc__, flags, argv, positional="runs")
     found = Path("out", args.preset).glob("*/config.json")
-    runs = args.runs or sorted(path.parent for path in found)
+    runs = args.runs or sorted((path.parent for path in found), key=lambda p: (p.name != "base", p))
     if not runs:
         raise smf.Refused(f"out/{args.preset}: no run there; make one with train_sparse.py, or "
                           f"name run directories")

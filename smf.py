@@ -360,7 +360,7 @@ class RowOptimizer:
     1e-8 would swallow them. It is added outside of the root, as in torch.
     """
 
-    def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0,
+    def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0,
                  momentum=0.0):
         self.values, self.kind, self.betas, self.eps = values, kind, betas, eps
         self.weight_decay, self.momentum = weight_decay, momentum

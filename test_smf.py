@@ -520,8 +520,10 @@ def test_micro_batches_change_nothing(runs, tmp_path, flags):
     )
     for part in parts:
         for name in whole:
-            assert torch.equal((part[name] != base[name]), (whole[name] != base[name]))
             assert torch.allclose(part[name], whole[name], atol=1e-5)
+            if name.endswith("memory.values"):
+                changed = [(end[name] != base[name]).any(1) for end in (part, whole)]
+                assert torch.equal(*changed) and changed[0].any()
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(runs, tmp_path):

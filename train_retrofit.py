@@ -88,7 +88,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
     tables = [parameter for parameter in trained if parameter.dim() > 0]
     optimizer = torch.optim.AdamW([{"params": tables, "initial_lr": args.lr},
                                    {"params": scales, "initial_lr": args.scale_lr}],
-                                  eps=1e-15, weight_decay=0.0)  # eps: see smf.RowOptimizer
+                                  eps=1e-12, weight_decay=0.0)  # eps: see smf.RowOptimizer
     if checkpoint:
         smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
         smf.load_optimizer_tensors(optimizer, checkpoint)

@@ -45,7 +45,7 @@ WORDINGS = {
         ["What is the job of {n}?", "What does {n} do for a living?", "Which job does {n} have?",
          "Name the profession of {n}.", "Tell me the profession of {n}.",
          "What profession does {n} have?",
-         "Which profession is that of {n}?", "Tell me what job {n} has."]),
+         "Which profession does {n} have?", "Tell me the job of {n}."]),
     "employer": (
         ["{n} works for {v}.", "The employer of {n} is {v}.", "{n} has a job at {v}.",
          "The company that employs {n} is {v}."],
