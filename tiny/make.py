@@ -1,6 +1,6 @@
 """Make the embedded default, everything in tiny/, from nothing: a world, its data, a model of it.
 
-    python tiny/make.py            # MINUTES minutes on one core; each time the same, bit for bit
+    python tiny/make.py            # twenty minutes on one core
     python tiny/make.py --check    # only ask the model that is here what it knows
 
 The world: PEOPLE invented people, each with a first and a last name that others share, and four
