@@ -10,7 +10,8 @@ Language Models 3.1 and 3.3. More people are invented and kept from the model: N
 `--task facts` teaches, UNTAUGHT_PEOPLE are never taught, to see that nothing but teaching helps.
 
 Every fact is asked in eight wordings. Six are seen in pretraining; two, "validation" and "test",
-never are, there or in finetuning: they ask for the fact, not for the sentence.
+never are, there or in finetuning: they ask for the fact, not for the sentence. (The model kept
+here was made before the two held-out questions about the job were reworded.)
 """
 
 import argparse
