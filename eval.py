@@ -22,6 +22,7 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -79,7 +80,7 @@ def facts(args):
     Asked are the questions of --split about the same facts (the same question_id): other wordings,
     never trained on. Where the data has none, the trained questions themselves.
     """
-    splits = smf.split_names("--facts-data", args.facts_data)
+    splits = smf.from_datasets(datasets.get_dataset_split_names, "--facts-data", args.facts_data)
     taught = "train" if "train" in splits else "validation"
     rows = trivia_questions("--facts-data", args.facts_data, taught)
     ids = list(dict.fromkeys(number for number, _ in rows))[:args.num_facts]

@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -510,25 +511,24 @@ ROOT = Path(__file__).resolve().parent
 CLIP = 1.0  # norm to which the gradients of a step are clipped (ours)
 
 
-def number(kind, least):
-    """A type of argparse: a finite int of at least `least`, or a float above it."""
+def above(least, kind=int):
+    """A type of argparse: a finite number greater than `least`."""
     def read(text):
-        try:
-            value = kind(text)
-            if math.isfinite(value) and (value > least or value == least and kind is int):
-                return value
-        except ValueError:
-            pass
-        wanted = f"a whole number from {least} up" if kind is int else "a number above 0"
-        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+        value = kind(text)
+        if not least < value < math.inf:  # NaN is neither
+            raise ValueError
+        return value
+    read.__name__ = f"{kind.__name__} above {least}"  # argparse says: invalid ... value
     return read
 
 
-whole, natural, positive = number(int, 1), number(int, 0), number(float, 0.0)
+natural, whole, positive = above(-1), above(0), above(0, float)
 
 
 def layer_list(text):
-    return [natural(part) for part in text.split(",")]
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give layers as in 6,12,18")
+    return [int(part) for part in text.split(",")]
 
 
 # A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
@@ -668,20 +668,23 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def local(name):
+    """The path of that name, here or beside smf.py; None if there is none."""
+    return next((path.resolve() for path in (Path(name), ROOT / name) if path.exists()), None)
+
+
 def portable(name):
     """A model's name for config.json: relative to this repository if within it, else absolute."""
-    for path in (Path(name), ROOT / name):
-        if path.exists():
-            path = path.resolve()
-            return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    return name
+    path = local(name)
+    if path is None:
+        return name  # of the hub
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def find(flag, name, kind):
-    """A "model" or "dataset": a directory, as named or beside smf.py, or a name on the hub."""
-    for path in (Path(name), ROOT / name):
-        if path.exists():
-            return str(path)
+    """A "model" or "dataset" -> its directory, or its name on the hub; Refused if neither is."""
+    if local(name):
+        return str(local(name))
     if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, the libraries use their cache
         try:
             getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
@@ -692,31 +695,25 @@ def find(flag, name, kind):
     return name
 
 
+def from_datasets(function, flag, name, **options):
+    """function, of the library datasets, of a directory or a hub name[:configuration]."""
+    path, _, configuration = name.partition(":")
+    try:
+        return function(find(flag, path, "dataset"), configuration or None, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise Refused(f"{flag} {name}: cannot be loaded ({error}); name a directory that "
+                      f"datasets.load_dataset can read, or use --preset tiny, which needs no "
+                      f"network") from None
+
+
 def read_rows(flag, name, split, columns):
     """A split of a data set, directory or hub name[:configuration]; Refused without columns."""
-    path, _, configuration = name.partition(":")
-    path = find(flag, path, "dataset")
-    try:
-        rows = datasets.load_dataset(path, configuration or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise Refused(f"{flag} {name}: cannot load split {split} ({error}); name a "
-                      f"directory for datasets.load_dataset, or use --preset tiny, which needs no "
-                      f"network") from None
+    rows = from_datasets(datasets.load_dataset, flag, name, split=split)
     missing = [column for column in columns if column not in rows.column_names]
     if missing or not len(rows):
         raise Refused(f"{flag} {name}: split {split} has no " + (f"column {missing[0]}" if missing
                       else "rows") + f" (columns: {', '.join(rows.column_names)}); see --help")
     return rows
-
-
-def split_names(flag, name):
-    """The splits of a data set, directory or hub name[:configuration]."""
-    path, _, configuration = name.partition(":")
-    try:
-        return datasets.get_dataset_split_names(find(flag, path, "dataset"), configuration or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise Refused(f"{flag} {name}: cannot be loaded ({error}); name a directory "
-                      f"for datasets.load_dataset") from None
 
 
 class Example(NamedTuple):
@@ -773,6 +770,22 @@ def token_loss(model, batch):
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
                            ignore_index=-100, reduction="none")  # (B * C,)
     return loss.view_as(batch["targets"])  # (B, C)
+
+
+def backward(model, batch, micro_batch_size):
+    """Gradients of the mean loss of a batch, a list of Examples -> the loss, the attention masks.
+
+    The mean is over the target tokens of the whole batch, so micro-batches change nothing.
+    """
+    targets = sum(len(ids) - start for ids, start in batch)
+    loss, masks = 0.0, []
+    for i in range(0, len(batch), micro_batch_size):
+        micro = collate(batch[i:i + micro_batch_size], model.device)
+        micro_loss = token_loss(model, micro).sum() / targets
+        micro_loss.backward()
+        loss += micro_loss.item()
+        masks.append(micro["attention_mask"])
+    return loss, masks
 
 
 def batch_stream(examples, batch_size, seed, start=0):

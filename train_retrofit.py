@@ -103,15 +103,8 @@ def train(model, examples, steps, run, step, checkpoint, args):
         start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["initial_lr"]
-        targets = sum(len(example.ids) - example.start for example in batch)
-        loss, masks = 0.0, []
         with smf.record_reads(model) as tapes:
-            for i in range(0, len(batch), args.micro_batch_size):
-                micro = smf.collate(batch[i:i + args.micro_batch_size], args.device)
-                micro_loss = smf.token_loss(model, micro).sum() / targets  # of the whole batch
-                micro_loss.backward()
-                loss += micro_loss.item()
-                masks.append(micro["attention_mask"])
+            loss, masks = smf.backward(model, batch, args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained, smf.CLIP).item()
         smf.check_finite(loss, norm, step, save)
         optimizer.step()
@@ -119,7 +112,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
         for layer, memory in smf.memories(model).items():
             x, *_ = smf.real_tokens(tapes[layer], masks)
             memory.track_queries(x, args.query_momentum)
-        tokens = sum(len(example.ids) for example in batch)
+        tokens = sum(len(ids) for ids, _ in batch)
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
                            "tokens/s": round(tokens / (time.perf_counter() - start)),
                            "alpha": [round(scale.item(), 4) for scale in scales]})

@@ -89,53 +89,44 @@ def select(memory, reads, masks, step, args):
 
 def train(model, examples, steps, run, step, checkpoint, args):
     """What does this batch read, which of these rows are its own, and an update of those alone."""
-    memories = smf.memories(model)
-    rows_of = {layer: smf.RowOptimizer(m.values, args.optimizer) for layer, m in memories.items()}
-    scales = [wrapper.scale.requires_grad_() for wrapper in smf.wrappers(model).values()
-              if args.train_scale]
-    scale_optimizer = torch.optim.AdamW([{"params": scales}], weight_decay=0.0)
+    tables = {f"{layer}.values": m.values for layer, m in smf.memories(model).items()}
+    optimizers = {name: smf.RowOptimizer(table, args.optimizer) for name, table in tables.items()}
+    scales = {f"{layer}.scale": wrapper.scale.requires_grad_()
+              for layer, wrapper in smf.wrappers(model).items() if args.train_scale}
+    for name, scale in scales.items():  # to its optimizer, alpha is a table of one row
+        optimizers[name] = smf.RowOptimizer(scale.detach().view(1, 1))
     if checkpoint:
         smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
-        smf.load_optimizer_tensors(scale_optimizer, checkpoint)
-        for layer, optimizer in rows_of.items():
-            optimizer.load_state({name: checkpoint[f"rows.{layer}.{name}"].to(args.device)
-                                  for name in optimizer.state})
+        for name, optimizer in optimizers.items():
+            optimizer.load_state({part: checkpoint[f"optimizer.{name}.{part}"].to(args.device)
+                                  for part in optimizer.state})
 
     def save(step):
-        state = {f"rows.{layer}.{name}": tensor for layer, optimizer in rows_of.items()
-                 for name, tensor in optimizer.state.items()} | {"step": torch.tensor(step)}
-        state |= smf.memory_state(model) | smf.optimizer_tensors(scale_optimizer)
-        smf.write_tensors(run / "checkpoint.safetensors", state)
+        state = {f"optimizer.{name}.{part}": tensor for name, optimizer in optimizers.items()
+                 for part, tensor in optimizer.state.items()} | {"step": torch.tensor(step)}
+        smf.write_tensors(run / "checkpoint.safetensors", state | smf.memory_state(model))
 
     stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
     bar = tqdm(range(step, steps), desc="stage 2", initial=step, total=steps)
     for step, batch in zip(bar, stream):
         start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
-        targets = sum(len(example.ids) - example.start for example in batch)
-        loss, masks = 0.0, []
         with smf.record_reads(model) as tapes:
-            for i in range(0, len(batch), args.micro_batch_size):
-                micro = smf.collate(batch[i:i + args.micro_batch_size], args.device)
-                micro_loss = smf.token_loss(model, micro).sum() / targets  # of the whole batch
-                micro_loss.backward()
-                loss += micro_loss.item()
-                masks.append(micro["attention_mask"])
-        updates = {layer: select(memory, tapes[layer], masks, step, args)  # once a whole batch
-                   for layer, memory in memories.items()}
-        gradients = [gradient for _, gradient in updates.values()] + [s.grad for s in scales]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+            loss, masks = smf.backward(model, batch, args.micro_batch_size)
+        updates = {f"{layer}.values": select(memory, tapes[layer], masks, step, args)
+                   for layer, memory in smf.memories(model).items()}  # once a whole batch
+        for name, scale in scales.items():
+            updates[name] = torch.tensor([0], device=args.device), scale.grad.view(1, 1)
+        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
         smf.check_finite(loss, norm, step, save)
-        for gradient in gradients:
-            gradient.mul_(min(1.0, smf.CLIP / (norm + 1e-12)))
-        for layer, (selected, gradient) in updates.items():
-            rows_of[layer].step(selected, gradient, factor * args.lr)
-        scale_optimizer.param_groups[0]["lr"] = factor * args.scale_lr
-        scale_optimizer.step()
-        scale_optimizer.zero_grad()
-        tokens = sum(len(example.ids) for example in batch)
+        for name, (rows, gradient) in updates.items():
+            lr = factor * (args.scale_lr if name in scales else args.lr)
+            optimizers[name].step(rows, gradient * min(1.0, smf.CLIP / (norm + 1e-12)), lr)
+        model.zero_grad()
+        tokens = sum(len(ids) for ids, _ in batch)
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
                            "tokens/s": round(tokens / (time.perf_counter() - start)),
-                           "rows": {layer: len(rows) for layer, (rows, _) in updates.items()}})
+                           "rows": {layer: len(updates[f"{layer}.values"][0])
+                                    for layer in smf.memories(model)}})
         if (step + 1) % args.save_every == 0:
             save(step + 1)
 
