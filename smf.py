@@ -271,15 +271,6 @@ def collect_background(model, batches):
                 memory.num_batches += 1
 
 
-def spread(counts):
-    """How evenly a memory is read, counts (N,) -> (usage, KL) [Lample19 §4].
-
-    usage: share of rows ever read. KL: of the reads from uniform, nats; 0 even, log N one row.
-    """
-    p = counts.double() / counts.sum()  # (N,)
-    return (counts > 0).double().mean().item(), math.log(len(p)) + torch.xlogy(p, p).sum().item()
-
-
 # ------------------------------------------------------------------------------------------------
 # 4. Scoring rows: read much by this batch, little in general
 

@@ -9,6 +9,7 @@ Everything but the memories stays frozen [Gupta26 §3.3]. The run is memory.safe
 background statistics in it, config.json, and metrics.jsonl, a line per step.
 """
 
+import math
 import time
 
 import torch
@@ -61,6 +62,15 @@ def calibrate(model, batches):
         memory.track_queries(x, momentum=1.0)
 
 
+def spread(counts):
+    """How evenly a memory is read, counts (N,) -> (usage, KL) [Lample19 §4].
+
+    usage: share of rows ever read. KL: of the reads from uniform, nats; 0 even, log N one row.
+    """
+    p = counts.double() / counts.sum()  # (N,)
+    return (counts > 0).double().mean().item(), math.log(len(p)) + torch.xlogy(p, p).sum().item()
+
+
 @torch.no_grad()
 def measure(model, general, held_out, when, args):
     """Collect the background; print how evenly it reads each memory, and the held-out loss.
@@ -69,7 +79,7 @@ def measure(model, general, held_out, when, args):
     """
     smf.collect_background(model, micro_batches(general, args, "background"))
     for layer, memory in smf.memories(model).items():
-        usage, kl = smf.spread(memory.background_counts)
+        usage, kl = spread(memory.background_counts)
         print(f"{when}: layer {layer}: usage {usage:.1%} of {len(memory.values)} rows, "
               f"KL of the reads from uniform {kl:.2f} nats")
         if kl > COLLAPSED:
