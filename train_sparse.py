@@ -26,17 +26,17 @@ FLAGS = smf.SHARED | evaluation.EVALUATION | {
                "how to choose rows; count, random and all rows read are controls"),
     "top-t": (whole, 500, 500, "t: rows updated per memory and step [Lin25]"),
     "optimizer": (("adamw", "sgd"), "adamw", "adamw", "of the rows"),
-    "lr": (positive, None, None, "learning rate of the rows; none: 0.5, or for sgd 3000 (ours)"),
+    "lr": (positive, None, None, "learning rate of the rows; none: 0.3, or for sgd 6000 (ours)"),
     "train-scale": (bool, False, False, "+S: train the alphas too"),
     "scale-lr": (positive, 1e-2, 1e-2, "learning rate of the alphas (ours)"),
-    "epochs": (whole, 10, 3, "times that each example is seen"),
+    "epochs": (whole, 20, 3, "times that each example is seen"),
     "steps": (whole, None, None, "steps instead of epochs"),
     "warmup": (natural, 10, 100, "steps of linear warm-up"),
     "retrofit": (Path, None, None, "stage-1 run to start from; none: that of this mode and seed"),
     "resume": (bool, False, False, "go on with a run that was cut short"),
     "overwrite": (bool, False, False, "begin the run again"),
 }
-LEARNING_RATE = {"adamw": 0.5, "sgd": 3000.0}  # the least with the best validation accuracy
+LEARNING_RATE = {"adamw": 0.3, "sgd": 6000.0}  # the least with the best validation accuracy
 
 
 def stage_1(args):
