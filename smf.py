@@ -443,23 +443,6 @@ def load_memory(model, tensors, source):
         tensor.copy_(saved[name])
 
 
-def optimizer_tensors(optimizer):
-    """The state of a torch optimizer as a flat {name: tensor}."""
-    return {f"optimizer.{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items()}
-
-
-def load_optimizer_tensors(optimizer, tensors):
-    """The inverse of optimizer_tensors; other tensors are passed over."""
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
 def load_base(name, dtype="float32", device="cpu"):
     """A pretrained model, frozen, and its tokenizer, from a directory or the hub."""
     path = find("--model", name, "model")

@@ -215,7 +215,8 @@ def test_background_counts_examples_and_reads():
 
 def test_spread_of_uniform_and_of_collapsed_reads():
     assert train_retrofit.spread(torch.full((256,), 3)) == pytest.approx((1.0, 0.0))
-    assert train_retrofit.spread(F.one_hot(torch.tensor(5), 256)) == pytest.approx((1 / 256, math.log(256)))
+    collapsed = F.one_hot(torch.tensor(5), 256)
+    assert train_retrofit.spread(collapsed) == pytest.approx((1 / 256, math.log(256)))
 
 
 def test_query_statistics_do_not_depend_on_padding_or_micro_batches():

@@ -92,20 +92,26 @@ def measure(model, general, held_out, when, args):
 
 def train(model, examples, steps, run, step, checkpoint, args):
     """AdamW on everything in the memories, alpha at its own rate; goes on from a checkpoint."""
-    trained = [parameter for wrapper in smf.wrappers(model).values()
-               for name, parameter in wrapper.named_parameters() if not name.startswith("mlp.")]
-    scales = [parameter for parameter in trained if parameter.dim() == 0]
-    tables = [parameter for parameter in trained if parameter.dim() > 0]
+    trained = {f"{layer}.{name}": parameter for layer, wrapper in smf.wrappers(model).items()
+               for name, parameter in wrapper.named_parameters() if not name.startswith("mlp.")}
+    scales = [parameter for parameter in trained.values() if parameter.dim() == 0]
+    tables = [parameter for parameter in trained.values() if parameter.dim() > 0]
     optimizer = torch.optim.AdamW([{"params": tables, "initial_lr": args.lr},
                                    {"params": scales, "initial_lr": args.scale_lr}],
                                   eps=1e-12, weight_decay=0.0)  # eps: see smf.RowOptimizer
-    if checkpoint:
+    if step:
         smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
-        smf.load_optimizer_tensors(optimizer, checkpoint)
+        for name, parameter in trained.items():  # AdamW keeps its step count on the CPU
+            optimizer.state[parameter] = {
+                part: checkpoint[f"optimizer.{name}.{part}"].to(device)
+                for part, device in (("step", "cpu"), ("exp_avg", args.device),
+                                     ("exp_avg_sq", args.device))}
 
     def save(step):
-        state = smf.memory_state(model) | smf.optimizer_tensors(optimizer)
-        smf.write_tensors(run / "checkpoint.safetensors", state | {"step": torch.tensor(step)})
+        state = {f"optimizer.{name}.{part}": tensor for name, parameter in trained.items()
+                 for part, tensor in optimizer.state[parameter].items()}
+        state |= smf.memory_state(model) | {"step": torch.tensor(step)}
+        smf.write_tensors(run / "checkpoint.safetensors", state)
 
     stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
     bar = tqdm(range(step, steps), desc="stage 1", initial=step, total=steps)
@@ -115,7 +121,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
             group["lr"] = factor * group["initial_lr"]
         with smf.record_reads(model) as tapes:
             loss, masks = smf.backward(model, batch, args.micro_batch_size)
-        norm = torch.nn.utils.clip_grad_norm_(trained, smf.CLIP).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), smf.CLIP).item()
         smf.check_finite(loss, norm, step, save)
         optimizer.step()
         optimizer.zero_grad()
