@@ -791,6 +791,20 @@ def test_medmcqa_splits_do_not_overlap():
     assert all(q.options[q.cop] == q.answer and q.answer.startswith("ABCD"[q.cop]) for q in train)
 
 
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ([], "additive-tfidf"),
+        (["--scorer=kl", "--train-scale"], "additive-kl+s"),
+        (["--task=medmcqa"], "additive-tfidf-medmcqa"),
+        (["--preset=paper", "--mode=replacement"], "replacement-tfidf"),
+        (["--preset=paper", "--task=facts"], "additive-tfidf-facts"),
+    ],
+)
+def test_names_of_runs(flags, name):
+    assert train_sparse.condition(smf.parse("", train_sparse.FLAGS, flags)) == name
+
+
 # ---- bad input: one line on stderr, exit code 2, nothing written
 
 

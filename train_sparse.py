@@ -39,6 +39,13 @@ FLAGS = smf.SHARED | evaluation.EVALUATION | {
 LEARNING_RATE = {"adamw": 0.3, "sgd": 6000.0}  # the least with the best validation accuracy
 
 
+def condition(args):
+    """The name of a run's directory: mode, scorer, +s, and the task if not the preset's usual."""
+    usual = FLAGS["task"][1 + ("tiny", "paper").index(args.preset)]
+    task = "" if args.task == usual else f"-{args.task}"
+    return f"{args.mode}-{args.scorer}{'+s' if args.train_scale else ''}{task}"
+
+
 def stage_1(args):
     """The run of train_retrofit.py to start from; the default one is made if it is missing."""
     beside = args.out.parent if args.out else Path("out", args.preset)
@@ -134,8 +141,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
     args.lr = args.lr or LEARNING_RATE[args.optimizer]
-    condition = f"{args.mode}-{args.scorer}{'+s' if args.train_scale else ''}"
-    run = smf.run_directory(args, condition)
+    run = smf.run_directory(args, condition(args))
     if args.train_scale and args.mode == "replacement":
         raise smf.Refused("--train-scale: --mode replacement has no alpha; leave it out")
     if args.retrofit is None:
@@ -157,7 +163,7 @@ def main(argv=None):
     step, checkpoint = smf.begin_run(run, args, config | {
         "kind": "sparse", "retrofit": str(retrofit.resolve())})
     if not (run / "memory.safetensors").exists():
-        print(f"stage 2: {condition}, {steps} steps, {len(examples)} examples -> {run}")
+        print(f"stage 2: {condition(args)}, {steps} steps, {len(examples)} examples -> {run}")
         began = time.time()
         train(model, examples, steps, run, step, checkpoint, args)
         smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
