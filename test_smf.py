@@ -583,6 +583,27 @@ def test_a_killed_stage_1_resumes_to_the_same_end(runs, tmp_path, monkeypatch):
     assert metrics(tmp_path / "cut") == metrics(runs / "additive")
 
 
+def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path):
+    small = ["--examples=32", "--background=8", "--steps=1", "--scale-lr=0.5", "--warmup=0"]
+    flags = ["--dtype=bfloat16", "--layers=0,2", "--heads=2", *SMALL]
+    train_retrofit.main([*small, *flags, f"--out={tmp_path / 'additive'}"])
+    before = smf.read_tensors(tmp_path / "additive/memory.safetensors")
+    # Adam's first step is as long as the learning rate, here alpha's
+    assert abs(before["0.scale"] - 1) == pytest.approx(0.5, abs=0.01)
+    after = sparse(tmp_path, tmp_path / "run", *flags)
+    model, _ = smf.load(tmp_path / "run")
+    assert list(smf.memories(model)) == [0, 2] and smf.memories(model)[0].heads == 2
+    dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
+    assert {t for n, t in dtypes.items() if ".memory." in n or "scale" in n} == {torch.float32}
+    assert {t for n, t in dtypes.items() if ".memory." not in n and "scale" not in n} == {
+        torch.bfloat16
+    }
+    assert {n for n in after if not torch.equal(after[n], before[n])} == {
+        "0.memory.values",
+        "2.memory.values",
+    }
+
+
 def test_resume_refuses_other_flags(runs, tmp_path):
     sparse(runs, tmp_path / "run")
     with pytest.raises(smf.Refused, match="top_t"):
