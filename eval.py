@@ -316,17 +316,23 @@ def main(argv=None):
     flags = {"device": smf.SHARED["device"]} | EVALUATION
     args = smf.parse(__doc__, flags, argv, positional="runs")
     found = Path("out", args.preset).glob("*/config.json")
-    runs = args.runs or sorted((path.parent for path in found), key=lambda p: (p.name != "base", p))
+    runs = args.runs or sorted(path.parent for path in found)
     if not runs:
         raise smf.Refused(f"out/{args.preset}: no run there; make one with train_sparse.py, or "
                           f"name run directories")
     tables = {}
-    for run in runs:
-        own = run_settings(run, args)
-        retrofit = smf.read_config(run).get("retrofit")
-        before = evaluated(Path(retrofit), None, own) if retrofit else None
-        tables.setdefault((own.task, own.split), {})[run.name] = evaluated(run, None, own), before
-    for (task, split), results in tables.items():
+    for run in sorted(runs, key=lambda run: run_settings(run, args).task):  # a task at a time
+        own, config = run_settings(run, args), smf.read_config(run)
+        rows, before = tables.get((own.task, own.split), {}), None
+        if "retrofit" in config:
+            base = base_run(run.parent, config)
+            rows = {base: (evaluated(base, None, own), None)} | rows  # on top of its table
+            before = evaluated(Path(config["retrofit"]), None, own)
+        tables[own.task, own.split] = rows | {run: (evaluated(run, None, own), before)}
+    for (task, split), rows in tables.items():
+        names = [run.name for run in rows]
+        results = {run.name if names.count(run.name) == 1 else str(run): row
+                   for run, row in rows.items()}
         print(f"\n{task}, {split} split\n\n{table(results)}")
 
 

@@ -826,6 +826,27 @@ def test_names_of_runs(flags, name):
     assert train_sparse.condition(smf.parse("", train_sparse.FLAGS, flags)) == name
 
 
+def test_eval_shows_every_run_under_its_task_beside_the_base(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        evaluation,
+        "evaluate",
+        lambda model, tokenizer, data, args: {
+            "settings": evaluation.settings(args),
+            "knowledge_right": [True],
+        },
+    )
+    flags = [f"--retrofit={runs / 'additive'}", *QUICK, "--steps=1"]
+    for name, task in (("a/run", "facts"), ("b/run", "facts"), ("a/other", "medmcqa")):
+        train_sparse.main([*flags, f"--task={task}", f"--out={tmp_path / name}"])
+    capsys.readouterr()
+    evaluation.main([str(tmp_path / name) for name in ("b/run", "a/other", "a/run")])
+    facts, medmcqa = capsys.readouterr().out.split("medmcqa, test split")
+    rows = {line.split(" | ")[0] for line in facts.splitlines()}
+    assert rows >= {f"| {tmp_path / name}" for name in ("a/run", "b/run", "a/base", "b/base")}
+    rows = {line.split(" | ")[0] for line in medmcqa.splitlines()}
+    assert rows >= {"| base", "| other"}
+
+
 # ---- bad input: one line on stderr, exit code 2, nothing written
 
 
