@@ -1,6 +1,6 @@
 """Make the embedded default, everything in tiny/, from nothing: a world, its data, a model of it.
 
-    python tiny/make.py            # half an hour on one core
+    python tiny/make.py            # half an hour on one core; the same files, byte for byte
     python tiny/make.py --check    # only ask the model that is here what it knows
 
 The world: PEOPLE invented people, each with a first and a last name that others share, and four
