@@ -69,9 +69,15 @@ class Data(NamedTuple):
 
 def trivia_questions(flag, name, split):
     """Rows in TriviaQA's layout -> [(question_id, Question)]."""
-    rows = smf.read_rows(flag, name, split, ("question", "question_id", "answer"))
-    return [(row["question_id"], Question(row["question"], row["answer"]["value"],
-                                          row["answer"]["aliases"])) for row in rows]
+    questions = []
+    for row in smf.read_rows(flag, name, split, ("question", "question_id", "answer")):
+        answer = row["answer"] if isinstance(row["answer"], dict) else {}
+        if not row["question"] or not str(answer.get("value") or "").strip():
+            raise smf.Refused(f"{flag} {name}: question {row['question_id']} has no text or no "
+                              f"answer.value; give both, or remove the row")
+        aliases = answer.get("aliases") or [answer["value"]]
+        questions.append((row["question_id"], Question(row["question"], answer["value"], aliases)))
+    return questions
 
 
 def facts(args):
@@ -128,12 +134,16 @@ def read_data(args):
     if not knowledge:
         raise smf.Refused(f"--trivia-data {args.trivia_data}: has no question that is not taught; "
                           f"lower --num-facts")
-    text = smf.read_rows("--wikitext-data", args.wikitext_data, "test", ("text",))["text"]
+    rows = smf.read_rows("--wikitext-data", args.wikitext_data, "test", ("text",))
+    text = "\n\n".join(text or "" for text in rows["text"])
+    if not text.strip() or args.eval_tokens == 1:
+        raise smf.Refused(f"--wikitext-data {args.wikitext_data}, --eval-tokens "
+                          f"{args.eval_tokens}: no token to predict; give more text")
     if args.stride >= args.window:
         raise smf.Refused(f"--stride {args.stride}: give less than --window {args.window}; the "
                           f"first token of a window can only be scored in the one before")
     return Data(train, target[:args.eval_examples], knowledge[:args.eval_examples],
-                "\n\n".join(text))
+                text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,7 +273,10 @@ def evaluate(model, tokenizer, data, args):
 def base_run(directory, config):
     """directory/base: a run that is the pretrained model as it came; written if missing."""
     run, base = directory / "base", {"kind": "base"} | {n: config[n] for n in ("model", "dtype")}
-    if not (run / "config.json").exists() or smf.read_json(run / "config.json") != base:
+    old = smf.read_json(run / "config.json") if (run / "config.json").exists() else {}
+    if run.exists() and any(run.iterdir()) and old.get("kind") != "base":
+        raise smf.Refused(f"--out: {run} is not the base of these runs; write to another directory")
+    if old != base:
         run.mkdir(parents=True, exist_ok=True)
         (run / "eval.json").unlink(missing_ok=True)
         smf.write_json(run / "config.json", base)
@@ -302,6 +315,14 @@ def table(results):
     return "\n".join(lines)
 
 
+def finished(run):
+    """Whether a run can be loaded; if not, that is said."""
+    done = (run / "memory.safetensors").exists() or run.name == "base"
+    if not done:
+        print(f"{run}: not there or unfinished, left out")
+    return done
+
+
 def run_settings(run, args):
     """args for one run: flags given, else its config.json, else its last eval.json, else preset."""
     config, last = smf.read_config(run), {}
@@ -316,7 +337,7 @@ def main(argv=None):
     flags = {"device": smf.SHARED["device"]} | EVALUATION
     args = smf.parse(__doc__, flags, argv, positional="runs")
     found = Path("out", args.preset).glob("*/config.json")
-    runs = args.runs or sorted(path.parent for path in found)
+    runs = args.runs or sorted(path.parent for path in found if finished(path.parent))
     if not runs:
         raise smf.Refused(f"out/{args.preset}: no run there; make one with train_sparse.py, or "
                           f"name run directories")
@@ -327,7 +348,8 @@ def main(argv=None):
         if "retrofit" in config:
             base = base_run(run.parent, config)
             rows = {base: (evaluated(base, None, own), None)} | rows  # on top of its table
-            before = evaluated(Path(config["retrofit"]), None, own)
+            if finished(Path(config["retrofit"])):  # not so if the run was copied alone
+                before = evaluated(Path(config["retrofit"]), None, own)
         tables[own.task, own.split] = rows | {run: (evaluated(run, None, own), before)}
     for (task, split), rows in tables.items():
         names = [run.name for run in rows]

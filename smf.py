@@ -162,7 +162,7 @@ class ReplacementMemory(nn.Module):
 def decoder_blocks(model):
     """The blocks of a Hugging Face decoder: its first ModuleList whose members all have an .mlp."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and all(hasattr(b, "mlp") for b in module):
+        if isinstance(module, nn.ModuleList) and module and all(hasattr(b, "mlp") for b in module):
             return module
     raise Refused(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
 
@@ -348,8 +348,8 @@ class RowOptimizer:
     Lazy moments: a row's moments and its age, the number of steps that selected it, advance only
     when it is selected, and bias correction uses that age. To a row, the steps that passed it over
     never happened; when first selected, it moves as at Adam's first step.
-    kind: "adamw" or "sgd". eps: ours; row gradients can be ~1e-8 (alpha scales them), and the usual
-    1e-8 would swallow them. It is added outside of the root, as in torch.
+    kind: "adamw" or "sgd"; weight decay is decoupled in both. eps: ours; row gradients can be ~1e-8
+    (alpha scales them), and the usual 1e-8 would swallow them; added outside of the root, as torch.
     """
 
     def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0,
@@ -368,6 +368,8 @@ class RowOptimizer:
     def lines(self, rows):
         """The lines of these rows (t,) in the state; rows selected for the first time get zeros."""
         new = rows[self.line[rows] < 0]  # (first-time rows,)
+        if not len(new):
+            return self.line[rows]  # (t,)
         self.line[new] = len(self.state["rows"]) + torch.arange(len(new), device=new.device)
         for name, old in self.state.items():
             fresh = new if name == "rows" else old.new_zeros(len(new), old.shape[1])
@@ -502,7 +504,7 @@ natural, whole, positive = above(-1), above(0), above(0, float)
 def layer_list(text):
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text}: give layers as in 6,12,18")
-    return [int(part) for part in text.split(",")]
+    return sorted(int(part) for part in text.split(","))
 
 
 # A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
@@ -569,6 +571,9 @@ def script(main):
     transformers.utils.logging.set_verbosity_error()
     try:
         main()
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except Refused as error:
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
         tqdm.write(line, file=sys.stderr)  # print would run into a progress bar
@@ -579,7 +584,8 @@ def run_directory(args, condition):
     """--out, or out/<preset>/<condition>-seed<k>. Refused where something would be lost."""
     run = args.out or Path("out", args.preset, f"{condition}-seed{args.seed}")
     used = run.exists() and (not run.is_dir() or any(run.iterdir()))
-    if used and not (run / "config.json").is_file():
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if used and (config.get("kind") not in ("retrofit", "sparse") or "arguments" not in config):
         raise Refused(f"--out {run}: exists and is no run of this project; name another directory")
     if used and not args.resume and not args.overwrite:
         raise Refused(f"--out {run}: exists; --resume goes on with it, --overwrite begins it again")
@@ -780,5 +786,5 @@ def batch_stream(examples, batch_size, seed, start=0):
 
 
 def learning_rate(step, steps, warmup):
-    """Factor of the learning rate: linear warm-up, then a cosine to 0 [Gupta26 App. A]."""
+    """Factor of the learning rate: a linear warm-up times a cosine to 0 [Gupta26 App. A]."""
     return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""Tests of SMF: every invariant of the method, the retrofit of seven architectures, each script.
+"""Tests of SMF: every invariant of the method, the retrofit of eight architectures, each script.
 
 pytest test_smf.py        # no network, no GPU
 """
@@ -507,6 +507,19 @@ def test_one_step_changes_at_most_t_rows_of_the_file(runs, tmp_path, flags):
     assert before.keys() == after.keys() and not any("mlp" in name for name in after)
 
 
+def test_the_loss_is_the_mean_over_the_tokens_of_the_whole_batch():
+    data, gradients = examples(16), []  # answers of 2 to 6 tokens
+    for size in (16, 4, 1):
+        model = small_smf()
+        loss, masks = smf.backward(model, data, size)
+        gradients.append(smf.memories(model)[1].out.weight.grad)
+        whole = smf.collate(data)
+        expected = smf.token_loss(model, whole).sum() / (whole["targets"] != -100).sum()
+        assert loss == pytest.approx(expected.item(), rel=1e-5) and len(masks) == 16 // size
+    for gradient in gradients[1:]:
+        assert torch.allclose(gradient, gradients[0], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "flags", [["--scorer=tfidf"], ["--scorer=kl", "--train-scale"], ["--optimizer=sgd", "--lr=100"]]
 )
@@ -548,8 +561,14 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(smf, "log_step", dying)
 
 
-@pytest.mark.parametrize("step", [0, 2, 5])
-@pytest.mark.parametrize("flags", [["--train-scale"], ["--scorer=random", "--optimizer=sgd"]])
+@pytest.mark.parametrize(
+    "step, flags",
+    [
+        (0, ["--train-scale"]),
+        (2, ["--scorer=random", "--optimizer=sgd"]),
+        (5, ["--train-scale"]),
+    ],
+)
 def test_a_killed_stage_2_resumes_to_the_same_end(runs, tmp_path, monkeypatch, step, flags):
     flags = [*flags, "--save-every=2"]
     expected = sparse(runs, tmp_path / "whole", *flags)
@@ -602,6 +621,44 @@ def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path
         "0.memory.values",
         "2.memory.values",
     }
+
+
+def test_stage_1_keeps_the_query_statistics_of_what_it_reads(tmp_path):
+    flags = ["--examples=64", "--background=16", *SMALL, "--lr=1e-9"]
+    moments = []
+    for name, steps in (("fresh", 0), ("slow", 3)):
+        train_retrofit.main([*flags, f"--steps={steps}", f"--out={tmp_path / name}"])
+        tensors = smf.read_tensors(tmp_path / name / "memory.safetensors")
+        moments.append(tensors["1.memory.query_mean"])
+    assert moments[0].abs().max() > 0.1  # calibrated before training
+    assert 0 < (moments[1] - moments[0]).abs().max() < 0.5  # and tracked in it
+
+
+def test_the_held_out_chats_are_not_trained_on(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train_retrofit, "train", lambda _, data, *more: seen.update(trained=data))
+    monkeypatch.setattr(train_retrofit, "measure", lambda m, g, held, *_: seen.update(held=held))
+    train_retrofit.main(["--steps=1", *SMALL, f"--out={tmp_path / 'run'}"])
+    trained, held = ({tuple(e.ids) for e in seen[part]} for part in ("trained", "held"))
+    assert len(held) > 100 and len(trained) > 1000 and not held & trained
+
+
+def test_a_collapsed_memory_is_warned_of(runs, monkeypatch, capsys):
+    model, tokenizer = smf.load(runs / "additive")
+    data = [smf.encode(tokenizer, "Who is it?", "a poet")] * 4
+    for kl, warned in ((3.5, True), (2.5, False)):
+        monkeypatch.setattr(train_retrofit, "spread", lambda counts: (0.5, kl))
+        args = smf.parse("", train_retrofit.FLAGS, ["--micro-batch-size=4"])
+        train_retrofit.measure(model, data, data, "after", args)
+        assert ("WARNING" in capsys.readouterr().out) == warned
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [smf.learning_rate(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[55] == pytest.approx(
+        0.5 * (1 + math.cos(0.55 * math.pi))
+    )
+    assert rates.index(max(rates)) == 10 and rates[99] < 1e-3
 
 
 def test_resume_refuses_other_flags(runs, tmp_path):
@@ -730,6 +787,45 @@ def test_answered():
     assert not evaluation.answered(
         "It is Rome", ["Paris", "", "the"]
     )  # an empty alias matches nothing
+
+
+def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
+    model, tokenizer = smf.load_base("tiny/model")
+    names = ["A. flute", "B. the flute of the harp and the lute", "C. poet", "D. Answer"]
+    right = []
+    for cop in range(4):
+        question = evaluation.Question("Which?", names[cop], options=names, cop=cop)
+        right += evaluation.choose(model, tokenizer, [question])
+    likelihood = []  # by hand, one option at a time
+    prompt, space = smf.prompt_ids(tokenizer, "Which?")
+    for name in names:
+        ids = prompt + tokenizer(space + name, add_special_tokens=False)["input_ids"]
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        terms = [logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
+        likelihood.append(sum(terms) / len(terms))
+    assert right == [i == likelihood.index(max(likelihood)) for i in range(4)] and sum(right) == 1
+    data = [smf.encode(tokenizer, "Which?", name, end=False) for name in names]
+    assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(likelihood, abs=1e-4)
+
+
+def test_kept_counts_what_was_answered_before():
+    figure = {"value": 0.5, "stderr": 0.1, "n": 4}
+    before = {"knowledge_right": [True, True, True, False], "perplexity": figure}
+    now = {"knowledge_right": [True, True, False, True], "perplexity": figure}
+    assert evaluation.table({"run": (now, before)}).endswith("| 0.50 ± 0.10 |  |  | 0.667 |")
+
+
+def test_scores_of_the_controls():
+    memory = smf.ProductKeyMemory(8, **SHAPE)
+    memory.doc_freq[:3], memory.background_counts[:3] = torch.tensor([9, 0, 5]), 4
+    memory.num_batches.fill_(9)
+    counts = F.pad(torch.tensor([3, 1, 2]), (0, 253))
+    of = {s: train_sparse.score_rows(s, memory, counts, 1) for s in ("tfidf", "kl", "count", "all")}
+    assert torch.equal(of["count"], counts.float()) and torch.equal(of["all"], counts.float())
+    assert torch.allclose(of["tfidf"], smf.tfidf_scores(counts, memory.doc_freq, 9))
+    assert torch.allclose(of["kl"], smf.kl_scores(counts, memory.background_counts))
+    one, same, other = (train_sparse.score_rows("random", memory, counts, i) for i in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_mean():
@@ -866,11 +962,11 @@ BAD = [
     (train_retrofit, ["--oasst-data=tiny/wikitext"], "--oasst-data"),
     (train_retrofit, ["--oasst-data=tiny/trivia_qa"], "--oasst-data"),
     (train_retrofit, ["--max-length=1"], "--max-length"),
+    (train_retrofit, ["--examples=8"], "--examples"),
     (train_retrofit, ["--preset=huge"], "--preset"),
     (train_retrofit, ["--preset=paper"], "--model Qwen"),
     (train_retrofit, ["--stepz=3"], "--stepz"),
     (train_retrofit, ["--device=cuda"], "--device"),
-    (train_retrofit, ["--device=gpu"], "--device"),
     (train_retrofit, ["--step=3"], "--step"),
     (train_sparse, ["--scorer=best"], "--scorer"),
     (train_sparse, ["--top-t=0"], "--top-t"),
@@ -882,6 +978,7 @@ BAD = [
     (train_sparse, ["--facts-data=tiny/wikitext"], "--facts-data"),
     (train_sparse, ["--task=medmcqa", "--medmcqa-data=tiny/facts"], "--medmcqa-data"),
     (train_sparse, ["--stride=128"], "--stride"),
+    (train_sparse, ["--eval-tokens=1"], "--eval-tokens"),
     (train_sparse, ["--wikitext-data=tiny/facts"], "--wikitext-data"),
     (train_sparse, ["--preset=paper", "--scorer=kl"], "--preset tiny"),
     (evaluation, ["nowhere"], "nowhere"),
@@ -912,6 +1009,23 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, script
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert named in refused(capsys, script.main, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_directories_are_left_alone(runs, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text('{"model_type": "qwen2"}')
+    for flag in ("--overwrite", "--resume"):
+        out = f"--out={tmp_path / 'base'}"
+        assert "no run" in refused(capsys, train_retrofit.main, out, flag)
+    retrofit = f"--retrofit={runs / 'additive'}"
+    beside = refused(capsys, train_sparse.main, retrofit, f"--out={tmp_path / 'run'}", *QUICK)
+    assert "not the base" in beside
+    onto = refused(capsys, train_sparse.main, retrofit, f"--out={runs / 'additive'}", "--overwrite")
+    assert "another directory" in onto and (runs / "additive/memory.safetensors").exists()
+    other = refused(capsys, train_sparse.main, retrofit, "--scale=0.01", f"--out={tmp_path / 'x'}")
+    assert "--scale" in other
+    assert (tmp_path / "base/config.json").read_text() == '{"model_type": "qwen2"}'
+    assert [path.name for path in tmp_path.rglob("*")] == ["base", "config.json"]
 
 
 def test_an_existing_run_is_not_overwritten(runs, tmp_path, capsys):
@@ -974,6 +1088,7 @@ def test_a_broken_retrofit_is_refused(runs, tmp_path, capsys, change, said):
             * 2,
             "answer",
         ),
+        ([{"question": "Who?", "question_id": "1", "answer": "Paris"}] * 2, "answer"),
     ],
 )
 def test_broken_data_is_refused(runs, tmp_path, capsys, rows, said):

@@ -150,6 +150,8 @@ def main(argv=None):
                 for chat in tqdm(chats, desc="tokenize", leave=False)]
     held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
     general, examples = examples[:args.background], examples[:args.examples]
+    if len(examples) < args.batch_size:
+        raise smf.Refused(f"--examples {args.examples}: fewer than --batch-size {args.batch_size}")
     steps = args.steps
     if steps is None:
         steps = args.epochs * (len(examples) // args.batch_size)

@@ -64,9 +64,13 @@ def stage_1(args):
 def check_same(retrofit, config, args):
     """Refused if a flag contradicts the retrofit; with --retrofit, only flags given count."""
     names = ("mode", "dtype", "layers", "n_keys", "heads", "k_dim", "top_k")
+    if config["kind"] != "retrofit":
+        raise smf.Refused(f"--retrofit {retrofit}: is no run of train_retrofit.py; name one")
     asked = {name: getattr(args, name) for name in names} | {"model": smf.portable(args.model)}
+    asked |= {name: args.given[name] for name in ("scale", "background", "oasst_data")
+              if name in args.given}
     for name, value in asked.items():
-        made = (config | config["memory"]).get(name)
+        made = (config["arguments"] | config | config["memory"]).get(name)
         if value not in (made, None) and (name in args.given or args.retrofit is None):
             raise smf.Refused(f"--{name.replace('_', '-')} {value}: {retrofit} was made with "
                               f"{made}; leave the flag out, or make another retrofit with "
@@ -150,6 +154,8 @@ def main(argv=None):
     retrofit = stage_1(args)
     config = smf.read_config(retrofit)
     check_same(retrofit, config, args)
+    if run.resolve() == retrofit.resolve():
+        raise smf.Refused(f"--out {run}: is the retrofit to start from; name another directory")
     model, tokenizer = smf.load(retrofit, args.device)
     if any(memory.num_batches == 0 for memory in smf.memories(model).values()):
         raise smf.Refused(f"--retrofit {retrofit}: without background statistics; make it again "

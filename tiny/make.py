@@ -216,7 +216,7 @@ def pretraining_epoch(rng, known, values):
 
 
 def pretrain(tokenizer, known, values, seed=0):
-    """A Qwen2 model of about 320,000 parameters, trained on EPOCHS tellings of the world."""
+    """A Qwen2 model of 253,504 parameters, trained on EPOCHS tellings of the world."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # more would add up in another order
     model = AutoModelForCausalLM.from_config(Qwen2Config(
