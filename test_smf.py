@@ -1028,6 +1028,15 @@ def test_foreign_directories_are_left_alone(runs, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["base", "config.json"]
 
 
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        smf.script(interrupted)
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
 def test_an_existing_run_is_not_overwritten(runs, tmp_path, capsys):
     before = (runs / "additive/memory.safetensors").read_bytes()
     assert "--overwrite" in refused(capsys, train_retrofit.main, f"--out={runs / 'additive'}")
