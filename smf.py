@@ -725,13 +725,14 @@ def encode(tokenizer, prompt, answer, max_length=sys.maxsize, end=True):
     return Example(prompt + ids, len(prompt))
 
 
-def collate(examples, device="cpu"):
+def collate(examples, device="cpu", length=0):
     """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (C,), targets (B, C).
 
+    length: T is at least this.
     columns: positions where some example predicts a target; only there are logits needed.
     targets: the token to be predicted there, -100 for none.
     """
-    T = max(len(example.ids) for example in examples)
+    T = max(length, *(len(example.ids) for example in examples))
     input_ids = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T) pads are masked: any id
     mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)  # (B, T) both
     for b, (ids, start) in enumerate(examples):
@@ -758,9 +759,10 @@ def backward(model, batch, micro_batch_size):
     The mean is over the target tokens of the whole batch, so micro-batches change nothing.
     """
     targets = sum(len(ids) - start for ids, start in batch)
+    length = max(len(ids) for ids, _ in batch)  # one T for all: the same sums, to the last bit
     loss, masks = 0.0, []
     for i in range(0, len(batch), micro_batch_size):
-        micro = collate(batch[i:i + micro_batch_size], model.device)
+        micro = collate(batch[i:i + micro_batch_size], model.device, length)
         micro_loss = token_loss(model, micro).sum() / targets
         micro_loss.backward()
         loss += micro_loss.item()
