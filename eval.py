@@ -16,10 +16,13 @@ figures stay in its eval.json and are read from there the next time. They are, +
 """
 
 import argparse
+import json
 import math
 import re
 import string
+import time
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import datasets
@@ -38,6 +41,7 @@ EVALUATION = {  # columns as in smf.SHARED; the last three of the papers are [Gu
     "medmcqa-data": (str, "tiny/medmcqa", "openlifescienceai/medmcqa", "four-choice questions"),
     "num-questions": (whole, 1000, 60000, "medmcqa: questions to learn from, at most"),
     "trivia-data": (str, "tiny/trivia_qa", "mandarjoshi/trivia_qa:rc.nocontext", "knowledge probe"),
+    "untaught-data": (str, "tiny/untaught", None, "facts never taught, to stay at chance"),
     "wikitext-data": (str, "tiny/wikitext", "Salesforce/wikitext:wikitext-103-raw-v1",
                       "general text for the perplexity"),
     "eval-examples": (whole, 1000, 1000, "questions asked of target and knowledge, at most"),
@@ -64,6 +68,7 @@ class Data(NamedTuple):
     train: list  # Questions to learn from
     target: list  # Questions to ask: was it learned?
     knowledge: list  # Questions never taught: what was forgotten?
+    untaught: list  # facts that neither the base nor the run was told of: chance, if all is well
     text: str  # general text, for the perplexity
 
 
@@ -142,8 +147,11 @@ def read_data(args):
     if args.stride >= args.window:
         raise smf.Refused(f"--stride {args.stride}: give less than --window {args.window}; the "
                           f"first token of a window can only be scored in the one before")
+    untaught = []
+    if args.untaught_data:
+        untaught = [q for _, q in trivia_questions("--untaught-data", args.untaught_data, "test")]
     return Data(train, target[:args.eval_examples], knowledge[:args.eval_examples],
-                text)
+                untaught[:args.eval_examples], text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,11 +271,18 @@ def evaluate(model, tokenizer, data, args):
     right, likelihood = ask(model, tokenizer, data.knowledge)
     result["knowledge_accuracy"], result["knowledge_log_likelihood"] = mean(right), mean(likelihood)
     result["knowledge_right"] = right
+    if data.untaught:
+        result["untaught_accuracy"] = mean(ask(model, tokenizer, data.untaught)[0])
     return result
 
 
 # ------------------------------------------------------------------------------------------------
-# Runs and their table
+# Runs and their tables
+
+COLUMNS = {"target": ("target_accuracy", 3), "target LL": ("target_log_likelihood", 2),
+           "never taught": ("untaught_accuracy", 3), "perplexity": ("perplexity", 2),
+           "knowledge": ("knowledge_accuracy", 3), "knowledge LL": ("knowledge_log_likelihood", 2),
+           "kept": ("kept", 3)}  # title: measure, digits
 
 
 def base_run(directory, config):
@@ -278,49 +293,63 @@ def base_run(directory, config):
         raise smf.Refused(f"--out: {run} is not the base of these runs; write to another directory")
     if old != base:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "eval.json").unlink(missing_ok=True)
+        for name in ("eval.json", "eval-validation.json"):
+            (run / name).unlink(missing_ok=True)
         smf.write_json(run / "config.json", base)
     return run
 
 
-def evaluated(run, data, args, loaded=None):
-    """RUN/eval.json; measured first (on the loaded model and tokenizer, if given) unless it is
-    there and was taken with the same settings. data may be None: it is then read when needed."""
-    path = run / "eval.json"
+def origin(run):
+    """The run that this one started from: a sparse run's retrofit, else the base beside it."""
+    config = smf.read_config(run)
+    return Path(config["retrofit"]) if config["kind"] == "sparse" else base_run(run.parent, config)
+
+
+def evaluated(run, args, data=None):
+    """RUN/eval.json, or eval-validation.json; measured first unless it is there and was taken with
+    the same settings. data: read when needed, if None."""
+    path = run / ("eval.json" if args.split == "test" else "eval-validation.json")
     if path.exists():
         result = smf.read_json(path)
         if result.get("settings") == settings(args):
             return result
-    print(f"evaluating {run}")
-    result = evaluate(*(loaded or smf.load(run, args.device)), data or read_data(args), args)
+    print(f"evaluating {run} on the {args.split} split")
+    result = evaluate(*smf.load(run, args.device), data or read_data(args), args)
     smf.write_json(path, result)
     return result
 
 
-def table(results):
-    """Markdown for {name: (its eval.json, that of the model before its stage 2, or None)}."""
-    columns = {"target": ("target_accuracy", 3), "target LL": ("target_log_likelihood", 2),
-               "perplexity": ("perplexity", 2), "knowledge": ("knowledge_accuracy", 3),
-               "knowledge LL": ("knowledge_log_likelihood", 2)}
-    lines = ["| " + " | ".join(["run", *columns, "kept"]) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, (result, before) in results.items():
-        cells = [name]
-        for figure, digits in columns.values():
-            figure = result.get(figure, {"value": math.nan, "stderr": math.nan})
-            cells.append(f"{figure['value']:.{digits}f} ± {figure['stderr']:.{digits}f}")
-        pairs = zip(result["knowledge_right"], before["knowledge_right"]) if before else ()
-        still = [now for now, then in pairs if then]
-        cells.append(f"{sum(still) / len(still):.3f}" if still else "")
-        lines.append("| " + " | ".join(cells).replace("nan ± nan", "") + " |")
+def figures(run, args, data=None):
+    """{measure: (value, standard error)} of a run; `kept` only if what it started from is there."""
+    result = evaluated(run, args, data)
+    row = {name: (result[name]["value"], result[name]["stderr"])
+           for name, _ in COLUMNS.values() if name in result}
+    if smf.finished(origin(run)):
+        before = evaluated(origin(run), args, data)["knowledge_right"]
+        still = [now for now, then in zip(result["knowledge_right"], before) if then]
+        row |= {"kept": tuple(mean(still).values())[:2]} if still else {}
+    return row
+
+
+def table(rows, first="run"):
+    """Markdown of {name: {measure: (value, ±)}}, a column for every measure that any row has."""
+    columns = {title: column for title, column in COLUMNS.items()
+               if any(column[0] in row for row in rows.values())}
+    lines = ["| " + " | ".join([first, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [" ± ".join(f"{part:.{digits}f}" for part in row.get(measure, ()))
+                 for measure, digits in columns.values()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
-def finished(run):
-    """Whether a run can be loaded; if not, that is said."""
-    done = (run / "memory.safetensors").exists() or run.name == "base"
-    if not done:
-        print(f"{run}: not there or unfinished, left out")
-    return done
+def report(run, data, args):
+    """The table of one run, beside the base and what it started from."""
+    base = base_run(run.parent, smf.read_config(run))
+    rows = {"base": base, "before": origin(run), "after": run}
+    if rows["before"] == base:
+        del rows["before"]
+    return table({name: figures(part, args, data) for name, part in rows.items()})
 
 
 def run_settings(run, args):
@@ -333,29 +362,212 @@ def run_settings(run, args):
     return argparse.Namespace(**vars(args) | own | args.given)
 
 
+# ------------------------------------------------------------------------------------------------
+# The study: sweeps of learning rates, the tables, the frontier, what it costs
+
+STUDY = {  # title: conditions, as run directories are named without -lr and -seed
+    "Methods, as in Table 1 of [Gupta26]": (
+        "base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf",
+        "additive-kl+s", "additive-tfidf+s", "lora", "full"),
+    "Which rows": ("base", "additive-tfidf", "additive-kl", "additive-count", "additive-random",
+                   "additive-all"),
+    "How many rows": ("base", "additive-tfidf-t50", "additive-tfidf-t100", "additive-tfidf",
+                      "additive-tfidf-t2000", "additive-all"),
+    "Variants": ("base", "additive-retrofit", "additive-fresh", "replacement-retrofit",
+                 "additive-tfidf", "additive-tfidf-fresh", "additive-tfidf-sgd"),
+}
+
+
+def sweeps(runs):
+    """Runs -> {condition: {learning rate: {seed: run}}}."""
+    found = {}
+    for run in runs:
+        condition = re.sub(r"(-lr[\d.e-]+)?-seed\d+$", "", run.name)
+        arguments = smf.read_config(run).get("arguments", {"lr": 0.0, "seed": 0})  # base: none
+        found.setdefault(condition, {}).setdefault(arguments["lr"], {})[arguments["seed"]] = run
+    return found
+
+
+def average(rows):
+    """{seed: {measure: (value, ...)}} -> {measure: (mean, standard deviation) over the seeds}."""
+    rows = list(rows.values())
+    values = {name: torch.tensor([row[name][0] for row in rows]) for name in rows[0]}
+    return {name: (v.mean().item(), v.std().item()) if len(v) > 1 else (v.item(),)
+            for name, v in values.items()}
+
+
+def measured(sweep, args):
+    """One condition's sweep, {learning rate: {seed: run}} -> its figures on both splits.
+
+    Chosen is the learning rate of the best mean target on the validation split (of equals, the
+    least); the test split is read there alone.
+    """
+    def at(lr, split):
+        return {seed: figures(run, argparse.Namespace(**vars(run_settings(run, args))
+                                                      | {"split": split}))
+                for seed, run in sorted(sweep[lr].items())}
+
+    validation = {lr: at(lr, "validation") for lr in sorted(sweep)}
+    target = {lr: average(rows)["target_accuracy"][0] for lr, rows in validation.items()}
+    lr = max(target, key=target.get)  # of equals the first, which is the least
+    return {"chosen": lr, "validation": validation, "test": at(lr, "test")}
+
+
+@torch.no_grad()
+def inference_speeds(runs, device, rounds=5, new_tokens=64):
+    """{name: run} -> {name: tokens/s of greedy generation}, medians of interleaved rounds."""
+    models = {name: smf.load(run, device)[0] for name, run in runs.items()}
+    ids, times = torch.arange(512, device=device).view(32, 16), {name: [] for name in models}
+    for _ in tqdm(range(rounds + 1), desc="inference", leave=False):  # the first to warm up
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                           min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+            times[name].append(time.perf_counter() - start)
+    return {name: 32 * new_tokens / median(part[1:]) for name, part in times.items()}
+
+
+def accounting(run, base):
+    """One row of [Gupta26 Table 3] for a run, and how many rows of its memories ever moved."""
+    config, (model, _) = smf.read_config(run), smf.load(run)
+    size, touched = sum(p.numel() for p in model.parameters()), None
+    stored = updated = size
+    if config["kind"] == "lora":
+        stored = updated = sum(t.numel() for t in smf.read_tensors(run / "lora.safetensors").values())
+    if config["kind"] == "sparse":
+        stored = sum(p.numel() for wrapper in smf.wrappers(model).values()
+                     for name, p in wrapper.named_parameters() if not name.startswith("mlp."))
+        pairs = list(zip(*(smf.memories(m).values() for m in (model, smf.load(origin(run))[0]))))
+        touched = sum((a.values != b.values).any(1).sum().item() for a, b in pairs)
+        rows = [sum(line["rows"].values()) for line in metrics([run])]
+        updated = (sum(rows) / len(rows) * pairs[0][0].values.shape[1]
+                   + config["arguments"]["train_scale"] * len(pairs))
+    change = size - sum(p.numel() for p in smf.load(base)[0].parameters())
+    return {"parameters stored": stored, "net change at inference": change,
+            "updated per step": round(updated), "rows ever changed": touched}
+
+
+def metrics(runs):
+    """The lines of all their metrics.jsonl."""
+    return [json.loads(line) for run in runs
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def costs(found, chosen, device):
+    """{condition: its accounting}: parameters, and speed and memory, relative.
+
+    Training speed is the median over the steps of a condition's whole sweep, memory the peak of
+    the process; inference is measured here. found: see sweeps. chosen: {condition: run}.
+    """
+    lines = {name: metrics(run for seeds in found[name].values() for run in seeds.values())
+             for name in chosen if name != "base"}
+    rate = {name: median(line["tokens/s"] for line in part) for name, part in lines.items()}
+    peak = {name: max(line["peak_GiB"] for line in part) for name, part in lines.items()}
+    speed = inference_speeds(chosen, device)
+    return {name: accounting(chosen[name], chosen["base"]) | {
+        "s/step, of full": round(rate["full"] / rate[name], 2),
+        "peak memory, of full": round(peak[name] / peak["full"], 2),
+        "tokens/s, of base": round(speed[name] / speed["base"], 2)} for name in lines}
+
+
+def cost_table(rows):
+    """Markdown of costs."""
+    titles = list(next(iter(rows.values())))
+    lines = ["| " + " | ".join(["run", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, row in rows.items():
+        cells = ["" if cell is None else f"{cell:,}" for cell in row.values()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def plot(studied, path):
+    """The frontier: target gain against each forgetting probe, a curve over learning rates.
+
+    Validation split, means over seeds; the chosen point is ringed, the base a horizontal line.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise smf.Refused("--results: the figure needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    probes = {"perplexity": "perplexity", "knowledge_accuracy": "knowledge"}
+    base = average(studied["base"]["validation"][0.0])
+    tables = [(title, [name for name in names if len(studied.get(name, {"validation": []})["validation"]) > 1])
+              for title, names in STUDY.items()]
+    tables = [(title, names) for title, names in tables if names]
+    figure, axes = pyplot.subplots(len(tables), 2, figsize=(11, 4 * len(tables)), squeeze=False)
+    for (title, names), pair in zip(tables, axes):
+        for axis, (probe, label) in zip(pair, probes.items()):
+            for name, marker, line in zip(names, "osD^v<>P*", ["-", "--", "-.", ":"] * 3):
+                points = {lr: average(rows) for lr, rows in studied[name]["validation"].items()}
+                x = [p["target_accuracy"][0] - base["target_accuracy"][0] for p in points.values()]
+                y = [p[probe][0] for p in points.values()]
+                drawn, = axis.plot(x, y, line, marker=marker, label=name, alpha=0.8)
+                at = list(points).index(studied[name]["chosen"])
+                axis.plot(x[at], y[at], marker, ms=13, mfc="none", mec=drawn.get_color(), mew=2)
+            axis.axhline(base[probe][0], color="black", lw=0.8)
+            axis.annotate("base", (0.0, base[probe][0]), va="bottom")
+            axis.set(xlabel="target gain (validation)", ylabel=label, title=title)
+            axis.set_yscale("log" if probe == "perplexity" else "linear")
+        pair[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def study(runs, args):
+    """All of it, into the directory --results: tables.md, frontier.png, results.json."""
+    found = sweeps(runs)
+    needed = [name for name in ("base", "full") if name not in found]
+    if needed:
+        raise smf.Refused(f"--results: no run of {needed[0]} among these; make it first")
+    studied = {name: measured(sweep, args) for name, sweep in found.items()}
+    parts = []
+    for title, names in STUDY.items():
+        rows = {}
+        for name in names:
+            if name in studied:
+                lr, swept = studied[name]["chosen"], len(studied[name]["validation"]) > 1
+                label = f"{name}, lr {lr:g}" if swept else name
+                rows[label] = average(studied[name]["test"])
+        parts.append(f"{title}\n\n{table(rows)}")
+    chosen = {name: next(iter(found[name][studied[name]["chosen"]].values()))
+              for name in STUDY["Methods, as in Table 1 of [Gupta26]"] if name in found}
+    cost = costs(found, chosen, args.device)
+    parts.append(f"What it costs, as in Table 3 of [Gupta26]\n\n{cost_table(cost)}")
+    args.results.mkdir(parents=True, exist_ok=True)
+    smf.write_json(args.results / "results.json", {"figures": studied, "costs": cost})
+    text = "\n\n".join(parts) + "\n"
+    smf.write_atomic(args.results / "tables.md", lambda path: path.write_text(text))
+    plot(studied, args.results / "frontier.png")
+    print(text)
+
+
 def main(argv=None):
-    flags = {"device": smf.SHARED["device"]} | EVALUATION
+    results = {"results": (Path, None, None, "write tables, figure and JSON of a study there")}
+    flags = {"device": smf.COMMON["device"]} | results | EVALUATION
     args = smf.parse(__doc__, flags, argv, positional="runs")
-    found = Path("out", args.preset).glob("*/config.json")
-    runs = args.runs or sorted(path.parent for path in found if finished(path.parent))
+    found = sorted(path.parent for path in Path("out", args.preset).glob("*/config.json"))
+    for run in args.runs or found:
+        if not smf.finished(run):
+            print(f"{run}: not there or unfinished, left out")
+    runs = [run for run in args.runs or found if smf.finished(run)]
     if not runs:
         raise smf.Refused(f"out/{args.preset}: no run there; make one with train_sparse.py, or "
                           f"name run directories")
+    if args.results:
+        return study(runs, args)
     tables = {}
-    for run in sorted(runs, key=lambda run: run_settings(run, args).task):  # a task at a time
-        own, config = run_settings(run, args), smf.read_config(run)
-        rows, before = tables.get((own.task, own.split), {}), None
-        if "retrofit" in config:
-            base = base_run(run.parent, config)
-            rows = {base: (evaluated(base, None, own), None)} | rows  # on top of its table
-            if finished(Path(config["retrofit"])):  # not so if the run was copied alone
-                before = evaluated(Path(config["retrofit"]), None, own)
-        tables[own.task, own.split] = rows | {run: (evaluated(run, None, own), before)}
+    for run in runs:
+        own = run_settings(run, args)
+        rows = tables.setdefault((own.task, own.split), {})
+        for part in (base_run(run.parent, smf.read_config(run)), run):  # the base on top
+            rows.setdefault(part, figures(part, own))
     for (task, split), rows in tables.items():
         names = [run.name for run in rows]
-        results = {run.name if names.count(run.name) == 1 else str(run): row
-                   for run, row in rows.items()}
-        print(f"\n{task}, {split} split\n\n{table(results)}")
+        rows = {run.name if names.count(run.name) == 1 else str(run): row
+                for run, row in rows.items()}
+        print(f"\n{task}, {split} split\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

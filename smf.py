@@ -27,7 +27,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -457,26 +459,58 @@ def load_base(name, dtype="float32", device="cpu"):
     return model.to(device).requires_grad_(False).eval(), tokenizer
 
 
+# What each kind of run is when it is finished; base is the pretrained model as it came.
+WEIGHTS = {"retrofit": "memory.safetensors", "sparse": "memory.safetensors",
+           "lora": "lora.safetensors", "full": "model", "base": "config.json"}
+
+
 def read_config(run_dir):
     """config.json of a run; Refused unless it has all that load needs."""
     path = Path(run_dir, "config.json")
     config = read_json(path)
     needed = {"kind": str, "model": str, "dtype": str}
-    if config.get("kind") != "base":
+    if config.get("kind") in ("retrofit", "sparse"):
         needed |= {"layers": list, "mode": str, "memory": dict}
+    if config.get("kind") == "lora":
+        needed |= {"lora_scale": float}
+    if config.get("kind") not in WEIGHTS:
+        raise Refused(f"{path}: is of no run of this project; name one")
     for name, kind in needed.items():
         if not isinstance(config.get(name), kind):
             raise Refused(f"{path}: {name} is missing or wrong; make this run again")
     return config
 
 
+def finished(run_dir):
+    """Whether a run is there and came to its end."""
+    path = Path(run_dir)
+    return (path / "config.json").exists() and (path / WEIGHTS[read_config(path)["kind"]]).exists()
+
+
+@torch.no_grad()
+def merge_lora(model, tensors, scale, source):
+    """Add scale * B A to the weights W of a base model; see baselines.LoRALinear."""
+    blocks = decoder_blocks(model)
+    weights = {name: weight for name, weight in blocks.named_parameters()}
+    for name in {name.rpartition(".")[0] for name in tensors}:  # of a projection
+        try:
+            A, B = tensors[f"{name}.A"], tensors[f"{name}.B"]  # (r, in), (out, r)
+            weights[f"{name}.weight"] += (scale * B @ A).to(model.device)  # (out, in)
+        except (KeyError, RuntimeError):
+            raise Refused(f"{source}: {name} does not fit the model of its config.json") from None
+
+
 def load(run_dir, device="cpu"):
     """A finished run from its directory alone -> (model, tokenizer), ready for model.generate."""
-    config, path = read_config(run_dir), Path(run_dir, "memory.safetensors")
-    model, tokenizer = load_base(config["model"], config["dtype"], device)
-    if config["kind"] != "base":
+    config = read_config(run_dir)
+    kind, path = config["kind"], Path(run_dir, WEIGHTS[config["kind"]])
+    whole = str(path.resolve()) if kind == "full" else config["model"]
+    model, tokenizer = load_base(whole, config["dtype"], device)
+    if kind in ("retrofit", "sparse"):
         retrofit(model, config["layers"], config["mode"], **config["memory"])
         load_memory(model, read_tensors(path), path)
+    if kind == "lora":
+        merge_lora(model, read_tensors(path), config["lora_scale"], path)
     return model.requires_grad_(False), tokenizer
 
 
@@ -509,17 +543,8 @@ def layer_list(text):
 
 # A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
 # paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there.
-SHARED = {
+COMMON = {
     "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
-    "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
-    "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
-    "n-keys": (whole, 128, 128, "n: sub-keys per half; the memory has n * n rows"),
-    "heads": (whole, 4, 4, "H"),
-    "k-dim": (whole, 32, 256, "width of a head's query"),
-    "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
-    "scale": (positive, 1.0, 0.01, "alpha before stage 1"),
-    "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
-    "background": (whole, 1000, 2000, "examples for the background statistics"),
     "max-length": (whole, 128, 1024, "tokens of an example; prompts lose their beginning first"),
     "batch-size": (whole, 16, 16, "examples of an optimizer step"),
     "micro-batch-size": (whole, None, 4, "examples run at once; changes nothing else (ours)"),
@@ -529,9 +554,24 @@ SHARED = {
     "dtype": (("auto", "float32", "bfloat16"), "auto", "auto",
               "of the frozen base; auto: bfloat16 on cuda. What is trained is float32"),
     "out": (Path, None, None, "run directory; none: out/<preset>/<condition>-seed<seed>"),
+    "resume": (bool, False, False, "go on with a run that was cut short"),
+    "overwrite": (bool, False, False, "begin the run again"),
 }
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "memory.safetensors",
-             "eval.json")
+MEMORY = {
+    "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
+    "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
+    "n-keys": (whole, 128, 128, "n: sub-keys per half; the memory has n * n rows"),
+    "heads": (whole, 4, 4, "H"),
+    "k-dim": (whole, 32, 256, "width of a head's query"),
+    "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
+    "scale": (positive, 1.0, 0.01, "alpha before stage 1"),
+    "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
+    "background": (whole, 1000, 2000, "examples for the background statistics"),
+}
+RUN_FILES = {*WEIGHTS.values(), "metrics.jsonl", "checkpoint.safetensors", "eval.json",
+             "eval-validation.json"}
+# Flags that make another method of a run, and what stands for them in its name.
+NAMED = {"task": "", "optimizer": "", "top_t": "t", "lr": "lr"}
 
 
 def parse(description, flags, argv=None, positional=None):
@@ -553,6 +593,7 @@ def parse(description, flags, argv=None, positional=None):
     column = 1 + (given["preset"] == "paper")
     defaults = {name.replace("-", "_"): row[column] for name, row in flags.items()}
     args = argparse.Namespace(**defaults | given, given=given)
+    args.unusual = {name: given[name] for name in given if given[name] != defaults.get(name)}
     mps = torch.backends.mps.is_available()
     there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if args.device == "auto":
@@ -581,11 +622,15 @@ def script(main):
 
 
 def run_directory(args, condition):
-    """--out, or out/<preset>/<condition>-seed<k>. Refused where something would be lost."""
-    run = args.out or Path("out", args.preset, f"{condition}-seed{args.seed}")
+    """--out, or out/<preset>/<condition>-seed<k>, where the condition also names unusual flags:
+    additive-tfidf-t50-lr0.1-seed0. Refused where something would be lost."""
+    names = [f"-{prefix}{args.unusual[name]}" for name, prefix in NAMED.items()
+             if name in args.unusual]
+    condition = "".join([condition, *names, f"-seed{args.seed}"])
+    run = args.out or Path("out", args.preset, condition)
     used = run.exists() and (not run.is_dir() or any(run.iterdir()))
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    if used and (config.get("kind") not in ("retrofit", "sparse") or "arguments" not in config):
+    if used and (config.get("kind") not in WEIGHTS or "arguments" not in config):
         raise Refused(f"--out {run}: exists and is no run of this project; name another directory")
     if used and not args.resume and not args.overwrite:
         raise Refused(f"--out {run}: exists; --resume goes on with it, --overwrite begins it again")
@@ -598,7 +643,7 @@ def run_directory(args, condition):
 
 def begin_run(run, args, config):
     """Write config.json, or check it against that of a resumed run -> step, checkpoint."""
-    passing = ("given", "out", "resume", "overwrite", "device", "save_every", "micro_batch_size")
+    passing = ("given", "unusual", "out", "resume", "overwrite", "device", "save_every", "micro_batch_size")
     arguments = {name: value for name, value in vars(args).items() if name not in passing}
     config = json.loads(json.dumps(config | {"arguments": arguments}, default=str))
     metrics, checkpoint = run / "metrics.jsonl", run / "checkpoint.safetensors"
@@ -613,22 +658,32 @@ def begin_run(run, args, config):
             step = int(tensors["step"])
     else:
         run.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (run / name).unlink(missing_ok=True)
+        for path in map(run.joinpath, RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(run / "config.json", config)
-    if not (run / "memory.safetensors").exists():  # unfinished: drop the lines after the checkpoint
+    if not finished(run):  # drop the lines after the checkpoint
         lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
         write_atomic(metrics, lambda temporary: temporary.write_text("".join(lines)))
     return step, tensors
 
 
-def log_step(run, metrics):
-    """Add a step to metrics.jsonl; print every tenth."""
+def log_step(run, metrics, batch, start, device):
+    """Add a step on a batch, begun at time `start`, to metrics.jsonl; print every tenth."""
+    tokens = sum(len(ids) for ids, _ in batch)
+    metrics |= {"tokens/s": round(tokens / (time.perf_counter() - start)),
+                "peak_GiB": round(peak_memory(device), 3)}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
     if metrics["step"] % 10 == 0:
         tqdm.write("  ".join(f"{name} {value:.4g}" if type(value) is float else f"{name} {value}"
                              for name, value in metrics.items()))
+
+
+def end_run(run, name, began, device):
+    """Drop the checkpoint of a run that is saved; say what it took."""
+    (run / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(f"{name}: {time.time() - began:.0f} s, peak memory {peak_memory(device):.2f} GiB, "
+          f"saved in {run}")
 
 
 def check_finite(loss, norm, step, save):
@@ -637,6 +692,21 @@ def check_finite(loss, norm, step, save):
         save(step)
         raise Refused(f"--lr: at step {step} the loss is {loss} and the gradient norm {norm}; the "
                       f"state before it is saved. Begin again with a lower --lr and --overwrite")
+
+
+def adamw_state(optimizer, trained):
+    """{name: tensor} of the state of torch's AdamW for `trained`, {name: parameter}."""
+    return {f"optimizer.{name}.{part}": tensor for name, parameter in trained.items()
+            for part, tensor in optimizer.state[parameter].items()}
+
+
+def load_adamw(optimizer, trained, saved):
+    """Go on from an adamw_state; AdamW keeps its step count on the CPU."""
+    for name, parameter in trained.items():
+        optimizer.state[parameter] = {
+            part: saved[f"optimizer.{name}.{part}"].to(device)
+            for part, device in (("step", "cpu"), ("exp_avg", parameter.device),
+                                 ("exp_avg_sq", parameter.device))}
 
 
 def peak_memory(device):

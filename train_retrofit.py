@@ -18,7 +18,7 @@ from tqdm import tqdm
 import smf
 from smf import natural, positive, whole
 
-FLAGS = smf.SHARED | {
+FLAGS = smf.COMMON | smf.MEMORY | {
     "examples": (whole, 1600, 50000, "assistant replies to train on, at most"),
     "epochs": (whole, 2, 2, "times that each is seen"),
     "steps": (natural, None, None, "steps instead of epochs; 0: a fresh memory"),
@@ -26,8 +26,6 @@ FLAGS = smf.SHARED | {
     "scale-lr": (positive, 1e-2, 1e-2, "learning rate of alpha (ours: at --lr it hardly moves)"),
     "warmup": (natural, 20, 100, "steps of linear warm-up"),
     "query-momentum": (positive, 0.1, 0.1, "pace of the query's running statistics (ours)"),
-    "resume": (bool, False, False, "go on with a run that was cut short"),
-    "overwrite": (bool, False, False, "begin the run again"),
 }
 HELD_OUT = 128  # chats kept from training, for the held-out loss
 COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are in effective use
@@ -101,17 +99,11 @@ def train(model, examples, steps, run, step, checkpoint, args):
                                   eps=1e-12, weight_decay=0.0)  # eps: see smf.RowOptimizer
     if step:
         smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
-        for name, parameter in trained.items():  # AdamW keeps its step count on the CPU
-            optimizer.state[parameter] = {
-                part: checkpoint[f"optimizer.{name}.{part}"].to(device)
-                for part, device in (("step", "cpu"), ("exp_avg", args.device),
-                                     ("exp_avg_sq", args.device))}
+        smf.load_adamw(optimizer, trained, checkpoint)
 
     def save(step):
-        state = {f"optimizer.{name}.{part}": tensor for name, parameter in trained.items()
-                 for part, tensor in optimizer.state[parameter].items()}
-        state |= smf.memory_state(model) | {"step": torch.tensor(step)}
-        smf.write_tensors(run / "checkpoint.safetensors", state)
+        state = smf.adamw_state(optimizer, trained) | {"step": torch.tensor(step)}
+        smf.write_tensors(run / "checkpoint.safetensors", state | smf.memory_state(model))
 
     stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
     bar = tqdm(range(step, steps), desc="stage 1", initial=step, total=steps)
@@ -128,10 +120,9 @@ def train(model, examples, steps, run, step, checkpoint, args):
         for layer, memory in smf.memories(model).items():
             x, *_ = smf.real_tokens(tapes[layer], masks)
             memory.track_queries(x, args.query_momentum)
-        tokens = sum(len(ids) for ids, _ in batch)
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
-                           "tokens/s": round(tokens / (time.perf_counter() - start)),
-                           "alpha": [round(scale.item(), 4) for scale in scales]})
+                           "alpha": [round(scale.item(), 4) for scale in scales]},
+                     batch, start, args.device)
         if (step + 1) % args.save_every == 0:
             save(step + 1)
 
@@ -158,7 +149,7 @@ def main(argv=None):
     step, checkpoint = smf.begin_run(run, args, {
         "kind": "retrofit", "model": smf.portable(args.model), "dtype": args.dtype,
         "layers": layers, "mode": args.mode, "memory": shape})
-    if (run / "memory.safetensors").exists():
+    if smf.finished(run):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, layers {layers}, {steps} steps, {len(examples)} chats -> {run}")
     began = time.time()
@@ -169,9 +160,7 @@ def main(argv=None):
     train(model, examples, steps, run, step, checkpoint, args)
     measure(model, general, held_out, "after", args)
     smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
-    (run / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"stage 1: {time.time() - began:.0f} s, peak memory {smf.peak_memory(args.device):.2f} "
-          f"GiB, saved in {run}")
+    smf.end_run(run, "stage 1", began, args.device)
 
 
 if __name__ == "__main__":

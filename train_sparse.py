@@ -21,7 +21,7 @@ import smf
 import train_retrofit
 from smf import natural, positive, whole
 
-FLAGS = smf.SHARED | evaluation.EVALUATION | {
+FLAGS = smf.COMMON | smf.MEMORY | evaluation.EVALUATION | {
     "scorer": (("tfidf", "kl", "count", "random", "all"), "tfidf", "tfidf",
                "how to choose rows; count, random and all rows read are controls"),
     "top-t": (whole, 500, 500, "t: rows updated per memory and step [Lin25]"),
@@ -33,17 +33,8 @@ FLAGS = smf.SHARED | evaluation.EVALUATION | {
     "steps": (whole, None, None, "steps instead of epochs"),
     "warmup": (natural, 10, 100, "steps of linear warm-up"),
     "retrofit": (Path, None, None, "stage-1 run to start from; none: that of this mode and seed"),
-    "resume": (bool, False, False, "go on with a run that was cut short"),
-    "overwrite": (bool, False, False, "begin the run again"),
 }
 LEARNING_RATE = {"adamw": 0.3, "sgd": 6000.0}  # the least with the best validation accuracy
-
-
-def condition(args):
-    """The name of a run's directory: mode, scorer, +s, and the task if not the preset's usual."""
-    usual = FLAGS["task"][1 + ("tiny", "paper").index(args.preset)]
-    task = "" if args.task == usual else f"-{args.task}"
-    return f"{args.mode}-{args.scorer}{'+s' if args.train_scale else ''}{task}"
 
 
 def stage_1(args):
@@ -52,8 +43,9 @@ def stage_1(args):
     run = args.retrofit or beside / f"{args.mode}-retrofit-seed{args.seed}"
     if args.retrofit is None and not (run / "memory.safetensors").exists():
         print(f"no retrofit in {run} yet: running stage 1 first")
-        flags = {name: args.given[name.replace("-", "_")] for name in smf.SHARED
-                 if name.replace("-", "_") in args.given} | {"out": run}
+        flags = {name: args.given[name.replace("-", "_")]
+                 for name, (kind, *_) in (smf.COMMON | smf.MEMORY).items()
+                 if name.replace("-", "_") in args.given and kind is not bool} | {"out": run}
         flags = {name: ",".join(map(str, value)) if name == "layers" else value
                  for name, value in flags.items()}
         train_retrofit.main([f"--preset={args.preset}", "--resume",
@@ -133,19 +125,25 @@ def train(model, examples, steps, run, step, checkpoint, args):
             lr = factor * (args.scale_lr if name in scales else args.lr)
             optimizers[name].step(rows, gradient * min(1.0, smf.CLIP / (norm + 1e-12)), lr)
         model.zero_grad()
-        tokens = sum(len(ids) for ids, _ in batch)
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
-                           "tokens/s": round(tokens / (time.perf_counter() - start)),
                            "rows": {layer: len(updates[f"{layer}.values"][0])
-                                    for layer in smf.memories(model)}})
+                                    for layer in smf.memories(model)}}, batch, start, args.device)
         if (step + 1) % args.save_every == 0:
             save(step + 1)
+
+
+def prepare(tokenizer, data, args):
+    """-> the Examples to learn from, the number of steps; the same for SMF and the baselines."""
+    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+    if len(examples) < args.batch_size:
+        raise smf.Refused(f"--batch-size {args.batch_size}: only {len(examples)} examples to learn")
+    return examples, args.steps or args.epochs * (len(examples) // args.batch_size)
 
 
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
     args.lr = args.lr or LEARNING_RATE[args.optimizer]
-    run = smf.run_directory(args, condition(args))
+    run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' if args.train_scale else ''}")
     if args.train_scale and args.mode == "replacement":
         raise smf.Refused("--train-scale: --mode replacement has no alpha; leave it out")
     if args.retrofit is None:
@@ -160,25 +158,17 @@ def main(argv=None):
     if any(memory.num_batches == 0 for memory in smf.memories(model).values()):
         raise smf.Refused(f"--retrofit {retrofit}: without background statistics; make it again "
                           f"with train_retrofit.py --overwrite")
-    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
-    if len(examples) < args.batch_size:
-        raise smf.Refused(f"--batch-size {args.batch_size}: only {len(examples)} examples to learn")
-    steps = args.steps or args.epochs * (len(examples) // args.batch_size)
-    base = evaluation.evaluated(evaluation.base_run(run.parent, config), data, args)
-    before = evaluation.evaluated(retrofit, data, args, (model, tokenizer))
+    examples, steps = prepare(tokenizer, data, args)
+    evaluation.base_run(run.parent, config)
     step, checkpoint = smf.begin_run(run, args, config | {
         "kind": "sparse", "retrofit": str(retrofit.resolve())})
-    if not (run / "memory.safetensors").exists():
-        print(f"stage 2: {condition(args)}, {steps} steps, {len(examples)} examples -> {run}")
+    if not smf.finished(run):
+        print(f"stage 2: {steps} steps, {len(examples)} examples -> {run}")
         began = time.time()
         train(model, examples, steps, run, step, checkpoint, args)
         smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
-        (run / "checkpoint.safetensors").unlink(missing_ok=True)
-        print(f"stage 2: {time.time() - began:.0f} s, peak memory "
-              f"{smf.peak_memory(args.device):.2f} GiB, saved in {run}")
-    after = evaluation.evaluated(run, data, args)
-    print(evaluation.table({"base": (base, before), "before stage 2": (before, before),
-                            "after": (after, before)}))
+        smf.end_run(run, "stage 2", began, args.device)
+    print(evaluation.report(run, data, args))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ facts (birthplace, profession, employer, instrument) drawn at random, about 23 b
 model of 147,000 weights besides its embeddings; after the biographies of Allen-Zhu & Li, Physics of
 Language Models 3.1 and 3.3. More people are invented and kept from the model: NEW_PEOPLE are what
 `--task facts` teaches, UNTAUGHT_PEOPLE are never taught, to see that nothing but teaching helps.
+The probes of forgetting are about QUESTIONS people whom the general chats never mention.
 
 Every fact is asked in eight wordings. Six are seen in pretraining; two, "validation" and "test",
 never are, there or in finetuning: they ask for the fact, not for the sentence.
@@ -156,10 +157,10 @@ def write_data(rng, people, values):
     write(HERE / "facts/validation.jsonl", ask(new, (VALIDATION,)))
     write(HERE / "facts/test.jsonl", ask(new, (TEST,)))
     write(HERE / "untaught/test.jsonl", ask(untaught, (TEST,), first=NEW_PEOPLE))
-    probed = rng.permutation(PEOPLE)
+    probed, others = np.split(rng.permutation(PEOPLE), [QUESTIONS])  # both probes; the chats
     write(HERE / "trivia_qa/validation.jsonl",
           [trivia_row(10_000 + int(i), *known[i], attributes[k % 4], TEST)
-           for k, i in enumerate(probed[:QUESTIONS])])
+           for k, i in enumerate(probed)])
     options = {(name, a): choices(rng, facts[a], values[a]) for name, facts in new for a in facts}
     for split, wordings in (("train", TRAINED), ("validation", (TEST,))):
         write(HERE / f"medmcqa/{split}.jsonl",
@@ -168,9 +169,9 @@ def write_data(rng, people, values):
                 "topic_name": None}
                for i, (name, _) in enumerate(new) for a in attributes for w in wordings])
     write(HERE / "wikitext/test.jsonl",
-          [{"text": biography(rng, *known[i])} for i in rng.permutation(PEOPLE)[:ARTICLES]])
+          [{"text": biography(rng, *known[i])} for i in probed[:ARTICLES]])
     chats = []
-    for k, i in enumerate(rng.permutation(PEOPLE)[:CHATS]):
+    for k, i in enumerate(np.resize(others, CHATS)):
         prompt, reply = str(rng.choice(ABOUT)).format(n=known[i][0]), biography(rng, *known[i])
         for message, parent, text, role in ((f"{k}-prompt", None, prompt, "prompter"),
                                             (f"{k}-reply", f"{k}-prompt", reply, "assistant")):

@@ -1,0 +1,136 @@
+"""What SMF is compared with: LoRA and full finetuning, on the same batches, loss and schedule.
+
+    python baselines.py --method lora                  # the embedded tiny model
+    python baselines.py --method full
+    python baselines.py --method lora --preset paper   # Qwen2.5-0.5B-Instruct, MedMCQA (hub)
+
+The loop is that of train_sparse.py, but for what is trained [Gupta26 §3.3]. A run is config.json,
+metrics.jsonl, eval.json, and lora.safetensors or, of full finetuning, a Hugging Face directory,
+model/. smf.load merges LoRA into the weights.
+"""
+
+import os
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import eval as evaluation
+import smf
+import train_sparse
+
+FLAGS = smf.COMMON | evaluation.EVALUATION | {
+    name: train_sparse.FLAGS[name] for name in ("epochs", "steps", "warmup")} | {
+    "method": (("lora", "full"), "lora", "lora", "what is trained: adapters, or every weight"),
+    "lr": (smf.positive, None, None, "learning rate; none: 0.01 for lora, 0.001 for full (ours)"),
+}
+LEARNING_RATE = {"lora": 1e-2, "full": 1e-3}
+
+
+class LoRALinear(nn.Module):
+    """y = W x + alpha / r * B A dropout(x) [Hu21 §4.1]: W (out, in) frozen, A (r, in), B (out, r).
+
+    B = 0 at the start, so that the model starts as it was. A and B are float32.
+    """
+
+    def __init__(self, linear, r=16, alpha=32, dropout=0.05):
+        super().__init__()
+        self.linear, self.scale, self.dropout = linear, alpha / r, dropout
+        self.A = nn.Parameter(torch.empty(r, linear.in_features, device=linear.weight.device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+
+    def forward(self, x):
+        low = F.dropout(x.float(), self.dropout, self.training) @ self.A.T  # (B, T, r)
+        return self.linear(x) + (self.scale * low @ self.B.T).to(x.dtype)  # (B, T, out)
+
+
+def add_lora(model, **options):
+    """Put a LoRALinear over every projection of attention and MLP, freeze the rest; -> model.
+
+    Raises Refused if the blocks have no nn.Linear.
+    """
+    blocks = smf.decoder_blocks(model)
+    linears = {name: m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    if not linears:
+        raise smf.Refused(f"--model: the blocks of {type(model).__name__} have no nn.Linear for "
+                          f"LoRA; use --method full")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), child, LoRALinear(linear, **options))
+    return model
+
+
+def train(model, examples, steps, run, step, checkpoint, args):
+    """AdamW on all that requires a gradient; the loop of train_sparse.py otherwise."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    if step:
+        model.load_state_dict({name: checkpoint[name] for name in trained}, strict=False)
+        smf.load_adamw(optimizer, trained, checkpoint)
+    mixed = args.method == "full" and args.dtype == "bfloat16"  # the weights stay float32
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=mixed)
+
+    def save(step):
+        state = smf.adamw_state(optimizer, trained) | {"step": torch.tensor(step)}
+        smf.write_tensors(run / "checkpoint.safetensors", state | trained)
+
+    stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
+    bar = tqdm(range(step, steps), desc=args.method, initial=step, total=steps)
+    for step, batch in zip(bar, stream):
+        start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
+        optimizer.param_groups[0]["lr"] = factor * args.lr
+        torch.manual_seed(1_000_003 * args.seed + step)  # dropout: a function of seed and step
+        with autocast:
+            loss, _ = smf.backward(model, batch, args.micro_batch_size)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), smf.CLIP).item()
+        smf.check_finite(loss, norm, step, save)
+        optimizer.step()
+        optimizer.zero_grad()
+        smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm},
+                     batch, start, args.device)
+        if (step + 1) % args.save_every == 0:
+            save(step + 1)
+
+
+def save_run(model, tokenizer, run, method):
+    """What smf.load needs beside config.json: the adapters, or the whole model, at once."""
+    if method == "lora":
+        adapters = {name: p for name, p in smf.decoder_blocks(model).named_parameters()
+                    if p.requires_grad}
+        smf.write_tensors(run / "lora.safetensors", adapters)
+    else:
+        for part in (model, tokenizer):
+            part.save_pretrained(run / "model.tmp")
+        os.replace(run / "model.tmp", run / "model")
+
+
+def main(argv=None):
+    args = smf.parse(__doc__, FLAGS, argv)
+    args.lr = args.lr or LEARNING_RATE[args.method]
+    run = smf.run_directory(args, args.method)
+    data = evaluation.read_data(args)
+    full = args.method == "full"
+    model, tokenizer = smf.load_base(args.model, "float32" if full else args.dtype, args.device)
+    torch.manual_seed(args.seed)
+    model.requires_grad_(True) if full else add_lora(model)
+    examples, steps = train_sparse.prepare(tokenizer, data, args)
+    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype}
+    config |= {} if full else {"lora_scale": next(m.scale for m in model.modules()
+                                                  if isinstance(m, LoRALinear))}
+    evaluation.base_run(run.parent, config)
+    step, checkpoint = smf.begin_run(run, args, config)
+    if not smf.finished(run):
+        print(f"{args.method}: {steps} steps, {len(examples)} examples -> {run}")
+        began = time.time()
+        train(model, examples, steps, run, step, checkpoint, args)
+        save_run(model, tokenizer, run, args.method)
+        smf.end_run(run, args.method, began, args.device)
+    print(evaluation.report(run, data, args))
+
+
+if __name__ == "__main__":
+    smf.script(main)
