@@ -16,13 +16,15 @@ figures stay in its eval.json and are read from there the next time. They are, +
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import re
 import string
+import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 import datasets
@@ -250,8 +252,9 @@ def choose(model, tokenizer, questions):
 
 
 def settings(args):
-    names = [name.replace("-", "_") for name in EVALUATION]
-    return {name: getattr(args, name) for name in names}
+    """{flag: value} of all that decides the figures."""
+    every = {name: getattr(args, name.replace("-", "_")) for name in EVALUATION}
+    return {name.replace("-", "_"): value for name, value in every.items() if value is not None}
 
 
 def evaluate(model, tokenizer, data, args):
@@ -313,7 +316,7 @@ def evaluated(run, args, data=None):
         result = smf.read_json(path)
         if result.get("settings") == settings(args):
             return result
-    print(f"evaluating {run} on the {args.split} split")
+    tqdm.write(f"evaluating {run} on the {args.split} split", file=sys.stderr)
     result = evaluate(*smf.load(run, args.device), data or read_data(args), args)
     smf.write_json(path, result)
     return result
@@ -331,16 +334,20 @@ def figures(run, args, data=None):
     return row
 
 
-def table(rows, first="run"):
-    """Markdown of {name: {measure: (value, ±)}}, a column for every measure that any row has."""
-    columns = {title: column for title, column in COLUMNS.items()
-               if any(column[0] in row for row in rows.values())}
-    lines = ["| " + " | ".join([first, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [" ± ".join(f"{part:.{digits}f}" for part in row.get(measure, ()))
-                 for measure, digits in columns.values()]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+def markdown(first, rows):
+    """{name: {title: cell}} -> a Markdown table with a column for every title."""
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    lines = [[first, *titles], ["---"] * (1 + len(titles))]
+    lines += [[name, *(row.get(title, "") for title in titles)] for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(rows):
+    """Markdown of {name: {measure: (value, ±)}}."""
+    return markdown("run", {name: {
+        title: " ± ".join(f"{part:.{digits}f}" for part in row[measure])
+        for title, (measure, digits) in COLUMNS.items() if measure in row}
+        for name, row in rows.items()})
 
 
 def report(run, data, args):
@@ -354,63 +361,67 @@ def report(run, data, args):
 
 def run_settings(run, args):
     """args for one run: flags given, else its config.json, else its last eval.json, else preset."""
-    config, last = smf.read_config(run), {}
-    if (run / "eval.json").exists():
-        last = smf.read_json(run / "eval.json").get("settings", {})
-    own = {name: value for name, value in (last | config.get("arguments", {})).items()
-           if name in settings(args)}
+    last = {}
+    for path in (run / "eval-validation.json", run / "eval.json"):
+        last |= smf.read_json(path).get("settings", {}) if path.exists() else {}
+    own = {name: value for name, value in (last | smf.read_config(run).get("arguments", {})).items()
+           if name.replace("_", "-") in EVALUATION}
     return argparse.Namespace(**vars(args) | own | args.given)
 
 
 # ------------------------------------------------------------------------------------------------
 # The study: sweeps of learning rates, the tables, the frontier, what it costs
 
+TABLE_1 = "Methods, as in Table 1 of [Gupta26]"
 STUDY = {  # title: conditions, as run directories are named without -lr and -seed
-    "Methods, as in Table 1 of [Gupta26]": (
-        "base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf",
-        "additive-kl+s", "additive-tfidf+s", "lora", "full"),
+    TABLE_1: ("base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf",
+              "additive-kl+s", "additive-tfidf+s", "lora", "full"),
     "Which rows": ("base", "additive-tfidf", "additive-kl", "additive-count", "additive-random",
                    "additive-all"),
     "How many rows": ("base", "additive-tfidf-t50", "additive-tfidf-t100", "additive-tfidf",
                       "additive-tfidf-t2000", "additive-all"),
-    "Variants": ("base", "additive-retrofit", "additive-fresh", "replacement-retrofit",
-                 "additive-tfidf", "additive-tfidf-fresh", "additive-tfidf-sgd"),
+    "Variants": ("base", "additive-retrofit", "replacement-retrofit", "additive-tfidf",
+                 "additive-tfidf-fresh", "additive-tfidf-sgd", "additive-all-sgd"),
 }
 
 
 def sweeps(runs):
-    """Runs -> {condition: {learning rate: {seed: run}}}."""
+    """Runs -> {condition: {learning rate: {seed: run}}}; the base has neither rate nor seed."""
     found = {}
     for run in runs:
         condition = re.sub(r"(-lr[\d.e-]+)?-seed\d+$", "", run.name)
-        arguments = smf.read_config(run).get("arguments", {"lr": 0.0, "seed": 0})  # base: none
+        arguments = smf.read_config(run).get("arguments", {"lr": None, "seed": None})
         found.setdefault(condition, {}).setdefault(arguments["lr"], {})[arguments["seed"]] = run
     return found
 
 
 def average(rows):
-    """{seed: {measure: (value, ...)}} -> {measure: (mean, standard deviation) over the seeds}."""
+    """{seed: {measure: (value, ...)}} -> {measure: (mean, standard deviation)} over the seeds."""
     rows = list(rows.values())
-    values = {name: torch.tensor([row[name][0] for row in rows]) for name in rows[0]}
-    return {name: (v.mean().item(), v.std().item()) if len(v) > 1 else (v.item(),)
-            for name, v in values.items()}
+    values = {measure: [row[measure][0] for row in rows] for measure in rows[0]}
+    return {measure: (fmean(v), stdev(v)) if len(v) > 1 else (v[0],)
+            for measure, v in values.items()}
+
+
+def best_rate(validation):
+    """{learning rate: {seed: figures}} on the validation split -> the learning rate of the best
+    mean target; of equals, the least. Forgetting has no say."""
+    target = {lr: average(rows)["target_accuracy"][0] for lr, rows in validation.items()}
+    return min(target, key=lambda lr: (-target[lr], lr))
 
 
 def measured(sweep, args):
-    """One condition's sweep, {learning rate: {seed: run}} -> its figures on both splits.
-
-    Chosen is the learning rate of the best mean target on the validation split (of equals, the
-    least); the test split is read there alone.
-    """
+    """One condition's {learning rate: {seed: run}} -> its figures on the validation split, the
+    learning rate chosen, and its figures on the test split, which is read there alone."""
     def at(lr, split):
-        return {seed: figures(run, argparse.Namespace(**vars(run_settings(run, args))
-                                                      | {"split": split}))
-                for seed, run in sorted(sweep[lr].items())}
+        own = {seed: vars(run_settings(run, args)) | {"split": split}
+               for seed, run in sweep[lr].items()}
+        return {seed: figures(sweep[lr][seed], argparse.Namespace(**own[seed]))
+                for seed in sorted(own)}
 
     validation = {lr: at(lr, "validation") for lr in sorted(sweep)}
-    target = {lr: average(rows)["target_accuracy"][0] for lr, rows in validation.items()}
-    lr = max(target, key=target.get)  # of equals the first, which is the least
-    return {"chosen": lr, "validation": validation, "test": at(lr, "test")}
+    chosen = best_rate(validation)
+    return {"validation": validation, "chosen": chosen, "test": at(chosen, "test")}
 
 
 @torch.no_grad()
@@ -433,7 +444,8 @@ def accounting(run, base):
     size, touched = sum(p.numel() for p in model.parameters()), None
     stored = updated = size
     if config["kind"] == "lora":
-        stored = updated = sum(t.numel() for t in smf.read_tensors(run / "lora.safetensors").values())
+        adapters = smf.read_tensors(run / "lora.safetensors")
+        stored = updated = sum(tensor.numel() for tensor in adapters.values())
     if config["kind"] == "sparse":
         stored = sum(p.numel() for wrapper in smf.wrappers(model).values()
                      for name, p in wrapper.named_parameters() if not name.startswith("mlp."))
@@ -454,91 +466,75 @@ def metrics(runs):
 
 
 def costs(found, chosen, device):
-    """{condition: its accounting}: parameters, and speed and memory, relative.
+    """{condition: {title: number}}: parameters; time and memory as shares of others'.
 
-    Training speed is the median over the steps of a condition's whole sweep, memory the peak of
-    the process; inference is measured here. found: see sweeps. chosen: {condition: run}.
+    found: see sweeps. chosen: {condition: run}, with base and full. Training time is the median
+    over the steps of a condition's whole sweep, peak memory that of the process; inference is
+    measured here.
     """
-    lines = {name: metrics(run for seeds in found[name].values() for run in seeds.values())
+    lines = {name: metrics(run for runs in found[name].values() for run in runs.values())
              for name in chosen if name != "base"}
     rate = {name: median(line["tokens/s"] for line in part) for name, part in lines.items()}
     peak = {name: max(line["peak_GiB"] for line in part) for name, part in lines.items()}
     speed = inference_speeds(chosen, device)
     return {name: accounting(chosen[name], chosen["base"]) | {
-        "s/step, of full": round(rate["full"] / rate[name], 2),
-        "peak memory, of full": round(peak[name] / peak["full"], 2),
-        "tokens/s, of base": round(speed[name] / speed["base"], 2)} for name in lines}
-
-
-def cost_table(rows):
-    """Markdown of costs."""
-    titles = list(next(iter(rows.values())))
-    lines = ["| " + " | ".join(["run", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
-    for name, row in rows.items():
-        cells = ["" if cell is None else f"{cell:,}" for cell in row.values()]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+        "s/step, full = 1": round(rate["full"] / rate[name], 2),
+        "peak memory, full = 1": round(peak[name] / peak["full"], 2),
+        "inference tokens/s, base = 1": round(speed[name] / speed["base"], 2)} for name in lines}
 
 
 def plot(studied, path):
     """The frontier: target gain against each forgetting probe, a curve over learning rates.
 
-    Validation split, means over seeds; the chosen point is ringed, the base a horizontal line.
+    Of the validation split, means over seeds; the chosen point ringed, the base a line.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise smf.Refused("--results: the figure needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
     from matplotlib import pyplot
-    probes = {"perplexity": "perplexity", "knowledge_accuracy": "knowledge"}
-    base = average(studied["base"]["validation"][0.0])
-    tables = [(title, [name for name in names if len(studied.get(name, {"validation": []})["validation"]) > 1])
-              for title, names in STUDY.items()]
-    tables = [(title, names) for title, names in tables if names]
-    figure, axes = pyplot.subplots(len(tables), 2, figsize=(11, 4 * len(tables)), squeeze=False)
-    for (title, names), pair in zip(tables, axes):
-        for axis, (probe, label) in zip(pair, probes.items()):
+    base = average(studied["base"]["validation"][None])
+    swept = {title: [name for name in names if len(studied.get(name, {}).get("validation", ())) > 1]
+             for title, names in STUDY.items()}
+    swept = {title: names for title, names in swept.items() if names}
+    figure, axes = pyplot.subplots(max(1, len(swept)), 2, figsize=(11, 4 * len(swept)),
+                                   squeeze=False)
+    for (title, names), pair in zip(swept.items(), axes):
+        for axis, probe in zip(pair, ("perplexity", "knowledge_accuracy")):
             for name, marker, line in zip(names, "osD^v<>P*", ["-", "--", "-.", ":"] * 3):
-                points = {lr: average(rows) for lr, rows in studied[name]["validation"].items()}
-                x = [p["target_accuracy"][0] - base["target_accuracy"][0] for p in points.values()]
-                y = [p[probe][0] for p in points.values()]
-                drawn, = axis.plot(x, y, line, marker=marker, label=name, alpha=0.8)
-                at = list(points).index(studied[name]["chosen"])
-                axis.plot(x[at], y[at], marker, ms=13, mfc="none", mec=drawn.get_color(), mew=2)
+                validation = studied[name]["validation"]
+                points = [average(rows) for rows in validation.values()]
+                x = [p["target_accuracy"][0] - base["target_accuracy"][0] for p in points]
+                y = [p[probe][0] for p in points]
+                colour = axis.plot(x, y, line, marker=marker, label=name)[0].get_color()
+                at = list(validation).index(studied[name]["chosen"])
+                axis.plot(x[at], y[at], marker, ms=14, mfc="none", mec=colour)
             axis.axhline(base[probe][0], color="black", lw=0.8)
-            axis.annotate("base", (0.0, base[probe][0]), va="bottom")
-            axis.set(xlabel="target gain (validation)", ylabel=label, title=title)
-            axis.set_yscale("log" if probe == "perplexity" else "linear")
-        pair[0].legend(fontsize=8)
+            axis.annotate("base", (0, base[probe][0]), va="bottom")
+            axis.set(title=title, xlabel="target gain", ylabel=probe.replace("_", " "),
+                     yscale="log" if probe == "perplexity" else "linear")
+        pair[0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def study(runs, args):
-    """All of it, into the directory --results: tables.md, frontier.png, results.json."""
-    found = sweeps(runs)
-    needed = [name for name in ("base", "full") if name not in found]
-    if needed:
-        raise smf.Refused(f"--results: no run of {needed[0]} among these; make it first")
+    """All of it -> tables.md, frontier.png and results.json in the directory --results."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise smf.Refused("--results: the figure, alone, needs matplotlib: pip install matplotlib")
+    found = sweeps(run for run in runs if run_settings(run, args).task == args.task)
+    for name in {"base", "full"} - found.keys():
+        raise smf.Refused(f"--results: there is no run of {name} among these; make it first")
     studied = {name: measured(sweep, args) for name, sweep in found.items()}
-    parts = []
-    for title, names in STUDY.items():
-        rows = {}
-        for name in names:
-            if name in studied:
-                lr, swept = studied[name]["chosen"], len(studied[name]["validation"]) > 1
-                label = f"{name}, lr {lr:g}" if swept else name
-                rows[label] = average(studied[name]["test"])
-        parts.append(f"{title}\n\n{table(rows)}")
     chosen = {name: next(iter(found[name][studied[name]["chosen"]].values()))
-              for name in STUDY["Methods, as in Table 1 of [Gupta26]"] if name in found}
+              for name in STUDY[TABLE_1] if name in found}
     cost = costs(found, chosen, args.device)
-    parts.append(f"What it costs, as in Table 3 of [Gupta26]\n\n{cost_table(cost)}")
+    parts = {title: table({f"{name}, lr {studied[name]['chosen']:g}"
+                           if len(found[name]) > 1 else name: average(studied[name]["test"])
+                           for name in names if name in found}) for title, names in STUDY.items()}
+    parts["What it costs, as in Table 3 of [Gupta26]"] = markdown("run", {
+        name: {title: "" if cell is None else f"{cell:,}" for title, cell in row.items()}
+        for name, row in cost.items()})
     args.results.mkdir(parents=True, exist_ok=True)
-    smf.write_json(args.results / "results.json", {"figures": studied, "costs": cost})
-    text = "\n\n".join(parts) + "\n"
+    text = "\n".join(f"{title}\n\n{part}\n" for title, part in parts.items())
     smf.write_atomic(args.results / "tables.md", lambda path: path.write_text(text))
+    smf.write_json(args.results / "results.json", {"figures": studied, "costs": cost})
     plot(studied, args.results / "frontier.png")
     print(text)
 
@@ -548,10 +544,11 @@ def main(argv=None):
     flags = {"device": smf.COMMON["device"]} | results | EVALUATION
     args = smf.parse(__doc__, flags, argv, positional="runs")
     found = sorted(path.parent for path in Path("out", args.preset).glob("*/config.json"))
-    for run in args.runs or found:
-        if not smf.finished(run):
-            print(f"{run}: not there or unfinished, left out")
     runs = [run for run in args.runs or found if smf.finished(run)]
+    for run in set(args.runs or found) - set(runs):
+        if args.runs:
+            raise smf.Refused(f"{run}: is no finished run; name run directories")
+        print(f"{run}: unfinished, left out")
     if not runs:
         raise smf.Refused(f"out/{args.preset}: no run there; make one with train_sparse.py, or "
                           f"name run directories")

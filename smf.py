@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -535,12 +534,6 @@ def above(least, kind=int):
 natural, whole, positive = above(-1), above(0), above(0, float)
 
 
-def layer_list(text):
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text}: give layers as in 6,12,18")
-    return sorted(int(part) for part in text.split(","))
-
-
 # A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
 # paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there.
 COMMON = {
@@ -556,17 +549,6 @@ COMMON = {
     "out": (Path, None, None, "run directory; none: out/<preset>/<condition>-seed<seed>"),
     "resume": (bool, False, False, "go on with a run that was cut short"),
     "overwrite": (bool, False, False, "begin the run again"),
-}
-MEMORY = {
-    "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
-    "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
-    "n-keys": (whole, 128, 128, "n: sub-keys per half; the memory has n * n rows"),
-    "heads": (whole, 4, 4, "H"),
-    "k-dim": (whole, 32, 256, "width of a head's query"),
-    "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
-    "scale": (positive, 1.0, 0.01, "alpha before stage 1"),
-    "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
-    "background": (whole, 1000, 2000, "examples for the background statistics"),
 }
 RUN_FILES = {*WEIGHTS.values(), "metrics.jsonl", "checkpoint.safetensors", "eval.json",
              "eval-validation.json"}
@@ -643,7 +625,8 @@ def run_directory(args, condition):
 
 def begin_run(run, args, config):
     """Write config.json, or check it against that of a resumed run -> step, checkpoint."""
-    passing = ("given", "unusual", "out", "resume", "overwrite", "device", "save_every", "micro_batch_size")
+    passing = ("given", "unusual", "out", "resume", "overwrite", "device", "save_every",
+               "micro_batch_size")
     arguments = {name: value for name, value in vars(args).items() if name not in passing}
     config = json.loads(json.dumps(config | {"arguments": arguments}, default=str))
     metrics, checkpoint = run / "metrics.jsonl", run / "checkpoint.safetensors"

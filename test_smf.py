@@ -3,6 +3,7 @@
 pytest test_smf.py        # no network, no GPU
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+import baselines
 import eval as evaluation
 import smf
 import train_retrofit
@@ -434,9 +436,10 @@ def sparse(runs, out, *flags, mode="additive"):
 
 
 def metrics(run):
-    """metrics.jsonl without the one thing that a clock decides."""
+    """metrics.jsonl without the two things that the machine decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens/s"} for line in lines]
+    machine = ("tokens/s", "peak_GiB")
+    return [{name: line[name] for name in line if name not in machine} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -465,7 +468,7 @@ def test_every_step_changes_the_selected_rows_and_nothing_else(runs, tmp_path, m
         selected[id(self.values)] = rows
         return row_step(self, rows, gradient, lr)
 
-    def spy_log(run, line):
+    def spy_log(run, line, *rest):
         after, free = (
             seen["model"].state_dict(),
             {".mlp.scale"} if "--train-scale" in flags else set(),
@@ -485,7 +488,7 @@ def test_every_step_changes_the_selected_rows_and_nothing_else(runs, tmp_path, m
             for name, tensor in after.items()
         )
         seen["before"] = {name: tensor.clone() for name, tensor in after.items()}
-        log_step(run, line)
+        log_step(run, line, *rest)
 
     load, row_step, log_step = smf.load, smf.RowOptimizer.step, smf.log_step
     monkeypatch.setattr(smf, "load", spy_load)
@@ -553,8 +556,8 @@ class Killed(BaseException):
 def killed_at(monkeypatch, step):
     log_step = smf.log_step
 
-    def dying(run, line):
-        log_step(run, line)
+    def dying(run, line, *rest):
+        log_step(run, line, *rest)
         if line["step"] == step:
             raise Killed
 
@@ -740,6 +743,166 @@ def test_gradients_are_clipped_together(runs, tmp_path, monkeypatch):
     assert moved == pytest.approx(1000 * 1e-3, rel=1e-3)
 
 
+# ---- the baselines
+
+
+@pytest.fixture(scope="module")
+def baseline_runs(tmp_path_factory):
+    """A directory with a short run of each baseline."""
+    path = tmp_path_factory.mktemp("baselines")
+    for method in ("lora", "full"):
+        baseline(method, path / method)
+    return path
+
+
+def baseline(method, out, *flags):
+    """Run baselines.py without its evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *_: {"knowledge_right": []})
+        baselines.main([f"--method={method}", f"--out={out}", *QUICK, *flags])
+
+
+def test_lora_starts_as_the_base_and_freezes_it():
+    model, ids = small_model(), torch.randint(3, 50, (2, 9))
+    before = model(ids).logits
+    baselines.add_lora(model)
+    assert torch.equal(model(ids).logits, before)
+    adapted = {name: m for name, m in model.named_modules() if type(m) is baselines.LoRALinear}
+    assert len(adapted) == 4 * 7  # layers, projections: q, k, v, o, gate, up, down
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.{part}" for name in adapted for part in "AB"}
+    assert all(m.A.shape[0] == 16 and m.scale == 2.0 and m.dropout == 0.05 and m.A.any()
+               for m in adapted.values())
+    torch.nn.init.normal_(adapted["model.layers.0.mlp.up_proj"].B)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
+def test_lora_needs_linear_projections():
+    with pytest.raises(smf.Refused, match="no nn.Linear"):
+        baselines.add_lora(small_model("GPT2"))
+
+
+def test_merged_lora_equals_unmerged(baseline_runs):
+    merged, tokenizer = smf.load(baseline_runs / "lora")
+    base, _ = smf.load_base("tiny/model")
+    tensors = smf.read_tensors(baseline_runs / "lora/lora.safetensors")
+    model, _ = smf.load_base("tiny/model")
+    smf.decoder_blocks(baselines.add_lora(model)).load_state_dict(tensors, strict=False)
+    assert len(tensors) == 2 * 28 and all(tensor.any() for tensor in tensors.values())
+    ids = tokenizer("Where was Nuto Lilton born?", return_tensors="pt")["input_ids"]
+    merged, unmerged, base = (m.eval()(ids).logits for m in (merged, model, base))
+    assert torch.allclose(merged, unmerged, atol=1e-4)
+    assert not torch.allclose(merged, base, atol=1e-2)
+    assert not any("lora" in name for name in merged.__dict__)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_lora_is_that_of_peft(train):
+    peft = pytest.importorskip("peft")
+    ours, theirs, batch = small_model(), small_model(), smf.collate(examples(4))
+    baselines.add_lora(ours)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names, bias="none"))
+    pairs = []
+    for name, module in ours.named_modules():
+        if type(module) is baselines.LoRALinear:
+            torch.nn.init.normal_(module.B, std=0.1)
+            other = theirs.get_submodule(f"base_model.model.{name}")
+            pairs += [(module.A, other.lora_A["default"].weight),
+                      (module.B, other.lora_B["default"].weight)]
+    for a, b in pairs:
+        b.data.copy_(a.data)
+    losses = []
+    for model in (ours.train(train), theirs.train(train)):
+        torch.manual_seed(0)  # the same dropout
+        losses.append(smf.token_loss(model, batch).sum())
+        losses[-1].backward()
+    assert torch.allclose(*losses, rtol=1e-6) and len(pairs) == 2 * 28
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+
+def test_full_finetuning_is_adamw_on_every_weight(baseline_runs):
+    """Against a plain loop: the library's own loss, one batch at a time, nothing skipped."""
+    model, tokenizer = smf.load_base("tiny/model")
+    args = smf.parse("", baselines.FLAGS, ["--method=full", *QUICK])
+    data, _ = train_sparse.prepare(tokenizer, evaluation.read_data(args), args)
+    optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0)
+    for step, batch in zip(range(6), smf.batch_stream(data, 16, 0)):
+        width = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
+        labels = ids.masked_fill(mask == 0, -100)
+        for row, (_, start) in zip(labels, batch):
+            row[:start] = -100
+        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = baselines.LEARNING_RATE["full"] * min(1, (step + 1) / 11)
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / 6))
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = AutoModelForCausalLM.from_pretrained(baseline_runs / "full/model").state_dict()
+    base = smf.load_base("tiny/model")[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(trained[name], tensor, atol=2e-5)
+        assert not torch.allclose(trained[name], base[name], atol=2e-5)
+    loaded, _ = smf.load(baseline_runs / "full")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_every_method_sees_the_same_batches_at_the_same_rates(runs, tmp_path, monkeypatch):
+    seen, backward = [], smf.backward
+
+    def spy(model, batch, size):
+        seen.append(batch)
+        return backward(model, batch, size)
+
+    monkeypatch.setattr(smf, "backward", spy)
+    sparse(runs, tmp_path / "sparse", "--seed=3", "--lr=1")
+    for method in ("lora", "full"):
+        baseline(method, tmp_path / method, "--seed=3", "--lr=1")
+    assert seen[:6] == seen[6:12] == seen[12:] and seen[0] != seen[1] and len(seen) == 18
+    lines = [metrics(tmp_path / name) for name in ("sparse", "lora", "full")]
+    assert lines[1][0]["loss"] == lines[2][0]["loss"]
+    for line in zip(*lines):
+        assert len({part["lr"] for part in line}) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_killed_baseline_resumes_to_the_same_end(baseline_runs, tmp_path, monkeypatch, method):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 3)
+        baseline(method, tmp_path / "cut", "--save-every=2")
+    baseline(method, tmp_path / "cut", "--save-every=2", "--resume")
+    expected, resumed = (smf.load(run)[0].state_dict()
+                         for run in (baseline_runs / method, tmp_path / "cut"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert metrics(tmp_path / "cut") == metrics(baseline_runs / method)
+    files = {"config.json", "metrics.jsonl", "eval.json", smf.WEIGHTS[method]}
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == files
+
+
+def test_full_finetuning_of_a_bfloat16_base_trains_float32(tmp_path):
+    baseline("full", tmp_path / "run", "--dtype=bfloat16", "--steps=2", "--device=cpu")
+    trained = smf.read_tensors(tmp_path / "run/model/model.safetensors")
+    base = smf.load_base("tiny/model")[0].state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    assert not any(torch.equal(tensor, base[name]) for name, tensor in trained.items())
+    assert smf.load(tmp_path / "run")[0].dtype == torch.bfloat16
+
+
+def test_a_broken_baseline_is_refused(baseline_runs, tmp_path, capsys):
+    config = smf.read_json(baseline_runs / "lora/config.json")
+    tensors = smf.read_tensors(baseline_runs / "lora/lora.safetensors")
+    for part in (tensors | {"9.mlp.up_proj.A": torch.ones(1)}, {name: tensor[:, :3]
+                 for name, tensor in tensors.items()}):
+        path = tmp_path / str(len(part))
+        path.mkdir()
+        smf.write_json(path / "config.json", config)
+        smf.write_tensors(path / "lora.safetensors", part)
+        assert "does not fit" in refused(capsys, evaluation.main, path)
+
+
 # ---- measures
 
 
@@ -808,11 +971,116 @@ def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
     assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(likelihood, abs=1e-4)
 
 
-def test_kept_counts_what_was_answered_before():
-    figure = {"value": 0.5, "stderr": 0.1, "n": 4}
-    before = {"knowledge_right": [True, True, True, False], "perplexity": figure}
-    now = {"knowledge_right": [True, True, False, True], "perplexity": figure}
-    assert evaluation.table({"run": (now, before)}).endswith("| 0.50 ± 0.10 |  |  | 0.667 |")
+def fake_run(path, kind, **arguments):
+    path.mkdir(parents=True)
+    config = {"kind": kind, "model": "tiny/model", "dtype": "float32", "lora_scale": 2.0}
+    smf.write_json(path / "config.json", config | ({"arguments": arguments} if arguments else {}))
+    (path / smf.WEIGHTS[kind]).touch()
+    return path
+
+
+def fake_evaluated(monkeypatch, target):
+    """Let every run have the target accuracy target(run's name, split) -> the list of reads."""
+    reads = []
+
+    def evaluated(run, args, data=None):
+        reads.append((run.name, args.split))
+        figure = {"value": target(run.name, args.split), "stderr": 0.25, "n": 4}
+        perplexity = {"value": len(reads), "stderr": 0.0, "n": 1}
+        right = [True, True, True, False] if run.name == "base" else [True, True, False, True]
+        return {"target_accuracy": figure, "perplexity": perplexity, "knowledge_right": right}
+
+    monkeypatch.setattr(evaluation, "evaluated", evaluated)
+    return reads
+
+
+def test_kept_counts_what_was_answered_before(tmp_path, monkeypatch):
+    fake_evaluated(monkeypatch, lambda *_: 0.5)
+    fake_run(tmp_path / "base", "base")
+    run, args = fake_run(tmp_path / "lora-seed0", "lora"), smf.parse("", evaluation.EVALUATION, [])
+    row = evaluation.figures(run, args)
+    assert row["kept"] == pytest.approx((2 / 3, math.sqrt(2 / 27)))
+    table = evaluation.table({"run": row, "other": {"perplexity": (7, 0)}})
+    assert table == (
+        "| run | target | perplexity | kept |\n| --- | --- | --- | --- |\n"
+        "| run | 0.500 ± 0.250 | 1.00 ± 0.00 | 0.667 ± 0.272 |\n| other |  | 7.00 ± 0.00 |  |"
+    )
+
+
+def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there_alone(
+    tmp_path, monkeypatch
+):
+    """.3 and 1 are equal on the validation split, so .3, though the test split likes .1 best."""
+    accuracy = {"0.1": 0.2, "0.3": 0.8, "1.0": 0.8}
+
+    def target(name, split):
+        lr, seed = name.split("-lr")[1].split("-seed") if "-lr" in name else ("0.1", 0)
+        return accuracy[lr] + 0.1 * int(seed) if split == "validation" else 1 - accuracy[lr] / 2
+
+    reads = fake_evaluated(monkeypatch, target)
+    runs = [fake_run(tmp_path / f"lora-lr{lr}-seed{seed}", "lora", lr=lr, seed=seed)
+            for lr in (1.0, 0.3, 0.1) for seed in (1, 0)]
+    found = evaluation.sweeps([*runs, fake_run(tmp_path / "base", "base")])
+    assert found.keys() == {"lora", "base"} and found["base"].keys() == {None}
+    assert list(found["lora"]) == [1.0, 0.3, 0.1] and found["lora"][0.3][1] == runs[2]
+    args = smf.parse("", evaluation.EVALUATION, [])
+    figures = evaluation.measured(found["lora"], args)
+    assert figures["chosen"] == 0.3 and list(figures["validation"]) == [0.1, 0.3, 1.0]
+    assert {name for name, split in reads if split == "test"} == {
+        "base", "lora-lr0.3-seed0", "lora-lr0.3-seed1"}
+    assert len({name for name, split in reads if split == "validation"}) == 7
+    mean = evaluation.average(figures["validation"][0.3])
+    assert mean["target_accuracy"] == pytest.approx((0.85, math.sqrt(0.005)))
+    assert evaluation.average({0: {"perplexity": (3.0, 0.1)}}) == {"perplexity": (3.0,)}
+
+
+def test_the_study_counts_parameters_and_writes_its_files(
+    runs, baseline_runs, tmp_path, monkeypatch, capsys
+):
+    fake_evaluated(monkeypatch, lambda name, split: 0.25 * name.count("lr"))
+    if not importlib.util.find_spec("matplotlib"):
+        monkeypatch.setattr(evaluation, "plot", lambda studied, path: path.touch())
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for method in ("lora", "full"):
+        (tmp_path / f"{method}-seed0").symlink_to(baseline_runs / method)
+    for lr in (0.1, 1):
+        sparse(runs, tmp_path / f"additive-tfidf-lr{lr}-seed0", f"--lr={lr}", "--top-t=9")
+    sparse(runs, tmp_path / "replacement-kl-seed0", "--scorer=kl", mode="replacement")
+    sparse(runs, tmp_path / "additive-kl+s-seed0", "--train-scale", "--top-t=9")
+    paths = [path for path in tmp_path.iterdir() if path.name != "results"]
+    evaluation.main([*map(str, paths), f"--results={tmp_path / 'results'}"])
+    text = (tmp_path / "results/tables.md").read_text()
+    assert text in capsys.readouterr().out and "| additive-tfidf, lr 0.1 | 0.250 |" in text
+    result = smf.read_json(tmp_path / "results/results.json")
+    assert result["figures"]["additive-tfidf"]["chosen"] == 0.1
+    assert (tmp_path / "results/frontier.png").exists()
+    base, memory, mlp = 253_504, 3 * (1024 * 64 + 64 * 128 + 128 * 32 + 2 * 64 * 64), 3 * 64 * 128
+    lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
+    cost = {name: list(row.values()) for name, row in result["costs"].items()}
+    assert cost["full"][:4] == [base, 0, base, None] and cost["full"][4:6] == [1, 1]
+    assert cost["lora"][:4] == [lora, 0, lora, None]
+    assert cost["additive-tfidf"][:3] == [memory + 3, memory + 3, 27 * 64]
+    assert cost["additive-kl+s"][2] == 27 * 64 + 3 and 9 < cost["additive-kl+s"][3] <= 6 * 27
+    assert cost["replacement-kl"][:2] == [memory, memory - 3 * mlp]
+    assert all(share > 0 for row in cost.values() for share in row[4:])
+
+
+def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatch, capsys):
+    argv = [baseline_runs / "full", f"--results={tmp_path / 'results'}"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(capsys, evaluation.main, *argv)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert "no run of base" in refused(capsys, evaluation.main, *argv)
+    assert not (tmp_path / "results").exists()
+
+
+def test_every_table_of_the_readme_is_in_results():
+    """Whoever edits a figure by hand, or forgets to run a command again, is told so."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    written = {line for path in (ROOT / "results").rglob("*.md")
+               for line in path.read_text().splitlines()}
+    rows = [line for line in readme if line.startswith("|") and " ± " in line]
+    assert len(rows) > 20 and [line for line in rows if line not in written] == []
 
 
 def test_scores_of_the_controls():
@@ -909,17 +1177,27 @@ def test_medmcqa_splits_do_not_overlap():
 
 
 @pytest.mark.parametrize(
-    "flags, name",
+    "script, flags, name",
     [
-        ([], "additive-tfidf"),
-        (["--scorer=kl", "--train-scale"], "additive-kl+s"),
-        (["--task=medmcqa"], "additive-tfidf-medmcqa"),
-        (["--preset=paper", "--mode=replacement"], "replacement-tfidf"),
-        (["--preset=paper", "--task=facts"], "additive-tfidf-facts"),
+        (train_sparse, [], "tiny/additive-tfidf-seed0"),
+        (train_sparse, ["--scorer=kl", "--train-scale"], "tiny/additive-kl+s-seed0"),
+        (train_sparse, ["--task=medmcqa", "--seed=2"], "tiny/additive-tfidf-medmcqa-seed2"),
+        (train_sparse, ["--preset=paper", "--mode=replacement"], "paper/replacement-tfidf-seed0"),
+        (train_sparse, ["--preset=paper", "--task=facts"], "paper/additive-tfidf-facts-seed0"),
+        (train_sparse, ["--top-t=50", "--optimizer=sgd"], "tiny/additive-tfidf-sgd-t50-seed0"),
+        (train_sparse, ["--top-t=500", "--task=facts"], "tiny/additive-tfidf-seed0"),
+        (baselines, ["--method=full", "--lr=3e-5"], "tiny/full-lr3e-05-seed0"),
+        (train_retrofit, ["--steps=0", "--mode=replacement"], "tiny/replacement-fresh-seed0"),
     ],
 )
-def test_names_of_runs(flags, name):
-    assert train_sparse.condition(smf.parse("", train_sparse.FLAGS, flags)) == name
+def test_names_of_runs(monkeypatch, script, flags, name):
+    def stop(args, condition):
+        raise Killed(run_directory(args, condition))
+
+    run_directory = smf.run_directory
+    monkeypatch.setattr(smf, "run_directory", stop)
+    with pytest.raises(Killed, match=rf"^out/{name.replace('+', '.')}$"):
+        script.main(flags)
 
 
 def test_eval_shows_every_run_under_its_task_beside_the_base(runs, tmp_path, monkeypatch, capsys):
@@ -981,6 +1259,11 @@ BAD = [
     (train_sparse, ["--eval-tokens=1"], "--eval-tokens"),
     (train_sparse, ["--wikitext-data=tiny/facts"], "--wikitext-data"),
     (train_sparse, ["--preset=paper", "--scorer=kl"], "--preset tiny"),
+    (baselines, ["--method=prefix"], "--method"),
+    (baselines, ["--scorer=kl"], "--scorer"),
+    (baselines, ["--num-facts=5000"], "--num-facts"),
+    (baselines, ["--model=no/such/model"], "--model"),
+    (baselines, ["--batch-size=5000"], "--batch-size"),
     (evaluation, ["nowhere"], "nowhere"),
     (evaluation, ["--split=train"], "--split"),
 ]

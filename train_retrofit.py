@@ -9,7 +9,9 @@ Everything but the memories stays frozen [Gupta26 §3.3]. The run is memory.safe
 background statistics in it, config.json, and metrics.jsonl, a line per step.
 """
 
+import argparse
 import math
+import re
 import time
 
 import torch
@@ -18,7 +20,25 @@ from tqdm import tqdm
 import smf
 from smf import natural, positive, whole
 
-FLAGS = smf.COMMON | smf.MEMORY | {
+
+def layer_list(text):
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give layers as in 6,12,18")
+    return sorted(int(part) for part in text.split(","))
+
+
+MEMORY = {  # columns as in smf.COMMON
+    "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
+    "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
+    "n-keys": (whole, 128, 128, "n: sub-keys per half; the memory has n * n rows"),
+    "heads": (whole, 4, 4, "H"),
+    "k-dim": (whole, 32, 256, "width of a head's query"),
+    "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
+    "scale": (positive, 1.0, 0.01, "alpha before stage 1"),
+    "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
+    "background": (whole, 1000, 2000, "examples for the background statistics"),
+}
+FLAGS = smf.COMMON | MEMORY | {
     "examples": (whole, 1600, 50000, "assistant replies to train on, at most"),
     "epochs": (whole, 2, 2, "times that each is seen"),
     "steps": (natural, None, None, "steps instead of epochs; 0: a fresh memory"),

@@ -4,6 +4,7 @@
     python train_sparse.py --scorer kl
     python train_sparse.py --scorer tfidf --train-scale   # +S: the alphas too
     python train_sparse.py --mode replacement --task medmcqa
+    python train_sparse.py --fresh                        # without the training of stage 1
     python train_sparse.py --retrofit RUN_DIR             # from this run of train_retrofit.py
     python train_sparse.py --preset paper --scorer kl     # Qwen2.5-0.5B-Instruct, MedMCQA (hub)
 
@@ -21,7 +22,7 @@ import smf
 import train_retrofit
 from smf import natural, positive, whole
 
-FLAGS = smf.COMMON | smf.MEMORY | evaluation.EVALUATION | {
+FLAGS = smf.COMMON | train_retrofit.MEMORY | evaluation.EVALUATION | {
     "scorer": (("tfidf", "kl", "count", "random", "all"), "tfidf", "tfidf",
                "how to choose rows; count, random and all rows read are controls"),
     "top-t": (whole, 500, 500, "t: rows updated per memory and step [Lin25]"),
@@ -32,6 +33,7 @@ FLAGS = smf.COMMON | smf.MEMORY | evaluation.EVALUATION | {
     "epochs": (whole, 20, 3, "times that each example is seen"),
     "steps": (whole, None, None, "steps instead of epochs"),
     "warmup": (natural, 10, 100, "steps of linear warm-up"),
+    "fresh": (bool, False, False, "start from a fresh memory, that stage 1 did not train"),
     "retrofit": (Path, None, None, "stage-1 run to start from; none: that of this mode and seed"),
 }
 LEARNING_RATE = {"adamw": 0.3, "sgd": 6000.0}  # the least with the best validation accuracy
@@ -40,15 +42,16 @@ LEARNING_RATE = {"adamw": 0.3, "sgd": 6000.0}  # the least with the best validat
 def stage_1(args):
     """The run of train_retrofit.py to start from; the default one is made if it is missing."""
     beside = args.out.parent if args.out else Path("out", args.preset)
-    run = args.retrofit or beside / f"{args.mode}-retrofit-seed{args.seed}"
+    stage = "fresh" if args.fresh else "retrofit"
+    run = args.retrofit or beside / f"{args.mode}-{stage}-seed{args.seed}"
     if args.retrofit is None and not (run / "memory.safetensors").exists():
         print(f"no retrofit in {run} yet: running stage 1 first")
         flags = {name: args.given[name.replace("-", "_")]
-                 for name, (kind, *_) in (smf.COMMON | smf.MEMORY).items()
+                 for name, (kind, *_) in (smf.COMMON | train_retrofit.MEMORY).items()
                  if name.replace("-", "_") in args.given and kind is not bool} | {"out": run}
         flags = {name: ",".join(map(str, value)) if name == "layers" else value
                  for name, value in flags.items()}
-        train_retrofit.main([f"--preset={args.preset}", "--resume",
+        train_retrofit.main([f"--preset={args.preset}", "--resume", *["--steps=0"] * args.fresh,
                              *(f"--{name}={value}" for name, value in flags.items())])
     return run
 
@@ -143,7 +146,10 @@ def prepare(tokenizer, data, args):
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
     args.lr = args.lr or LEARNING_RATE[args.optimizer]
-    run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' if args.train_scale else ''}")
+    run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' * args.train_scale}"
+                                  f"{'-fresh' * args.fresh}")
+    if args.fresh and args.retrofit:
+        raise smf.Refused("--fresh: means another start than --retrofit; leave one of them out")
     if args.train_scale and args.mode == "replacement":
         raise smf.Refused("--train-scale: --mode replacement has no alpha; leave it out")
     if args.retrofit is None:

@@ -172,7 +172,11 @@ def write_data(rng, people, values):
           [{"text": biography(rng, *known[i])} for i in probed[:ARTICLES]])
     chats = []
     for k, i in enumerate(np.resize(others, CHATS)):
-        prompt, reply = str(rng.choice(ABOUT)).format(n=known[i][0]), biography(rng, *known[i])
+        name, facts = known[i]
+        prompt, reply = str(rng.choice(ABOUT)).format(n=name), biography(rng, name, facts)
+        if k % 2:
+            a, wording = str(rng.choice(attributes)), int(rng.integers(len(TRAINED)))
+            prompt, reply = WORDINGS[a][1][wording].format(n=name), facts[a]
         for message, parent, text, role in ((f"{k}-prompt", None, prompt, "prompter"),
                                             (f"{k}-reply", f"{k}-prompt", reply, "assistant")):
             chats.append({"message_id": message, "parent_id": parent, "text": text, "role": role,
