@@ -24,9 +24,13 @@ import train_sparse
 FLAGS = smf.COMMON | evaluation.EVALUATION | {
     name: train_sparse.FLAGS[name] for name in ("epochs", "steps", "warmup")} | {
     "method": (("lora", "full"), "lora", "lora", "what is trained: adapters, or every weight"),
-    "lr": (smf.positive, None, None, "learning rate; none: 0.01 for lora, 0.001 for full (ours)"),
+    "lr": (smf.positive, None, None, "learning rate; none: that of LEARNING_RATE (ours)"),
 }
-LEARNING_RATE = {"lora": 1e-2, "full": 1e-3}
+LEARNING_RATE = {  # tiny: the best of the study's; paper: a usual one, not measured there
+    "tiny": {"lora": 1e-3, "full": 2e-4},
+    "paper": {"lora": 3e-4, "full": 3e-5},
+}
+R, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 §3.3]; alpha is ours
 
 
 class LoRALinear(nn.Module):
@@ -35,19 +39,19 @@ class LoRALinear(nn.Module):
     B = 0 at the start, so that the model starts as it was. A and B are float32.
     """
 
-    def __init__(self, linear, r=16, alpha=32, dropout=0.05):
+    def __init__(self, linear):
         super().__init__()
-        self.linear, self.scale, self.dropout = linear, alpha / r, dropout
-        self.A = nn.Parameter(torch.empty(r, linear.in_features, device=linear.weight.device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
+        self.linear, device = linear, linear.weight.device
+        self.A = nn.Parameter(torch.empty(R, linear.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, R, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x):
-        low = F.dropout(x.float(), self.dropout, self.training) @ self.A.T  # (B, T, r)
-        return self.linear(x) + (self.scale * low @ self.B.T).to(x.dtype)  # (B, T, out)
+        low = F.dropout(x.float(), DROPOUT, self.training) @ self.A.T  # (B, T, r)
+        return self.linear(x) + (ALPHA / R * low @ self.B.T).to(x.dtype)  # (B, T, out)
 
 
-def add_lora(model, **options):
+def add_lora(model):
     """Put a LoRALinear over every projection of attention and MLP, freeze the rest; -> model.
 
     Raises Refused if the blocks have no nn.Linear.
@@ -60,7 +64,7 @@ def add_lora(model, **options):
     model.requires_grad_(False)
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
-        setattr(blocks.get_submodule(parent), child, LoRALinear(linear, **options))
+        setattr(blocks.get_submodule(parent), child, LoRALinear(linear))
     return model
 
 
@@ -110,7 +114,7 @@ def save_run(model, tokenizer, run, method):
 
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
-    args.lr = args.lr or LEARNING_RATE[args.method]
+    args.lr = args.lr or LEARNING_RATE[args.preset][args.method]
     run = smf.run_directory(args, args.method)
     data = evaluation.read_data(args)
     full = args.method == "full"
@@ -118,9 +122,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model.requires_grad_(True) if full else add_lora(model)
     examples, steps = train_sparse.prepare(tokenizer, data, args)
-    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype}
-    config |= {} if full else {"lora_scale": next(m.scale for m in model.modules()
-                                                  if isinstance(m, LoRALinear))}
+    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype,
+              "lora_scale": ALPHA / R}
     evaluation.base_run(run.parent, config)
     step, checkpoint = smf.begin_run(run, args, config)
     if not smf.finished(run):

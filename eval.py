@@ -3,6 +3,7 @@
     python eval.py                                 # every run below out/tiny
     python eval.py RUN_DIR ...                     # these runs
     python eval.py RUN_DIR --split validation      # the split for choosing learning rates
+    python eval.py --results results/tiny          # the study: tables, figure, costs, JSON
 
 A run is measured as its config.json says (task, data, sizes) unless a flag says otherwise. The
 figures stay in its eval.json and are read from there the next time. They are, +- standard error:
@@ -50,6 +51,9 @@ EVALUATION = {  # columns as in smf.SHARED; the last three of the papers are [Gu
     "eval-tokens": (natural, 0, 0, "perplexity over the first so many tokens; 0: all"),
     "window": (whole, 128, 1024, "perplexity: tokens seen at once"),
     "stride": (whole, 64, 512, "perplexity: tokens the window moves by"),
+}
+FLAGS = {"device": smf.COMMON["device"]} | EVALUATION | {
+    "results": (Path, None, None, "directory to write a study to: tables, figure, JSON"),
 }
 
 
@@ -385,13 +389,31 @@ STUDY = {  # title: conditions, as run directories are named without -lr and -se
 }
 
 
+SAME = ("model", "dtype", "batch_size", "max_length", "epochs", "steps", "warmup", "num_facts",
+        "num_questions", "facts_data", "medmcqa_data")  # what runs that are compared have in common
+
+
 def sweeps(runs):
-    """Runs -> {condition: {learning rate: {seed: run}}}; the base has neither rate nor seed."""
-    found = {}
+    """Runs -> {condition: {learning rate: {seed: run}}}; the base has neither rate nor seed.
+
+    Refused if they did not learn alike, or a condition lacks a seed at some learning rate.
+    """
+    found, first = {}, {}
     for run in runs:
         condition = re.sub(r"(-lr[\d.e-]+)?-seed\d+$", "", run.name)
-        arguments = smf.read_config(run).get("arguments", {"lr": None, "seed": None})
+        config = smf.read_config(run)
+        arguments = config.get("arguments", {"lr": None, "seed": None})
         found.setdefault(condition, {}).setdefault(arguments["lr"], {})[arguments["seed"]] = run
+        for name in SAME if config["kind"] in ("sparse", "lora", "full") else ():
+            value = arguments.get(name)
+            if first.setdefault(name, value) != value:
+                raise smf.Refused(f"--results: {run} has {name} {value}, others have {first[name]};"
+                                  f" name the run directories to compare")
+    for condition, sweep in found.items():
+        seeds = {lr: sorted(runs) for lr, runs in sweep.items()}
+        if len(set(map(str, seeds.values()))) > 1:
+            raise smf.Refused(f"--results: {condition} has other seeds at other learning rates "
+                              f"({seeds}); finish its runs, or name the run directories to compare")
     return found
 
 
@@ -540,9 +562,7 @@ def study(runs, args):
 
 
 def main(argv=None):
-    results = {"results": (Path, None, None, "write tables, figure and JSON of a study there")}
-    flags = {"device": smf.COMMON["device"]} | results | EVALUATION
-    args = smf.parse(__doc__, flags, argv, positional="runs")
+    args = smf.parse(__doc__, FLAGS, argv, positional="runs")
     found = sorted(path.parent for path in Path("out", args.preset).glob("*/config.json"))
     runs = [run for run in args.runs or found if smf.finished(run)]
     for run in set(args.runs or found) - set(runs):
@@ -555,7 +575,7 @@ def main(argv=None):
     if args.results:
         return study(runs, args)
     tables = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run_settings(run, args).task):  # a task at a time
         own = run_settings(run, args)
         rows = tables.setdefault((own.task, own.split), {})
         for part in (base_run(run.parent, smf.read_config(run)), run):  # the base on top

@@ -490,7 +490,7 @@ def finished(run_dir):
 def merge_lora(model, tensors, scale, source):
     """Add scale * B A to the weights W of a base model; see baselines.LoRALinear."""
     blocks = decoder_blocks(model)
-    weights = {name: weight for name, weight in blocks.named_parameters()}
+    weights = dict(blocks.named_parameters())
     for name in {name.rpartition(".")[0] for name in tensors}:  # of a projection
         try:
             A, B = tensors[f"{name}.A"], tensors[f"{name}.B"]  # (r, in), (out, r)

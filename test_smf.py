@@ -771,10 +771,20 @@ def test_lora_starts_as_the_base_and_freezes_it():
     assert len(adapted) == 4 * 7  # layers, projections: q, k, v, o, gate, up, down
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{part}" for name in adapted for part in "AB"}
-    assert all(m.A.shape[0] == 16 and m.scale == 2.0 and m.dropout == 0.05 and m.A.any()
-               for m in adapted.values())
+    assert all(m.A.shape[0] == 16 and m.A.any() and not m.B.any() for m in adapted.values())
     torch.nn.init.normal_(adapted["model.layers.0.mlp.up_proj"].B)
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
+def test_lora_by_hand():
+    linear = torch.nn.Linear(5, 3)
+    adapted, x = baselines.LoRALinear(linear), torch.randn(2, 7, 5)
+    torch.nn.init.normal_(adapted.B)
+    expected = x @ (linear.weight + 2 * adapted.B @ adapted.A).T + linear.bias
+    assert torch.allclose(adapted.eval()(x), expected, atol=1e-5)
+    dropped = (adapted.train()(torch.ones(10_000, 5)) - adapted.eval()(torch.ones(1, 5))).abs()
+    share = (dropped > 1e-4).any(1).double().mean()  # of five inputs, at least one is dropped
+    assert share == pytest.approx(1 - 0.95**5, abs=0.03)
 
 
 def test_lora_needs_linear_projections():
@@ -793,7 +803,6 @@ def test_merged_lora_equals_unmerged(baseline_runs):
     merged, unmerged, base = (m.eval()(ids).logits for m in (merged, model, base))
     assert torch.allclose(merged, unmerged, atol=1e-4)
     assert not torch.allclose(merged, base, atol=1e-2)
-    assert not any("lora" in name for name in merged.__dict__)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -837,7 +846,7 @@ def test_full_finetuning_is_adamw_on_every_weight(baseline_runs):
             row[:start] = -100
         model(ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = baselines.LEARNING_RATE["full"] * min(1, (step + 1) / 11)
+        lr = baselines.LEARNING_RATE["tiny"]["full"] * min(1, (step + 1) / 11)
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / 6))
         optimizer.step()
         optimizer.zero_grad()
@@ -891,7 +900,7 @@ def test_full_finetuning_of_a_bfloat16_base_trains_float32(tmp_path):
     assert smf.load(tmp_path / "run")[0].dtype == torch.bfloat16
 
 
-def test_a_broken_baseline_is_refused(baseline_runs, tmp_path, capsys):
+def test_a_broken_baseline_is_refused(baseline_runs, tmp_path):
     config = smf.read_json(baseline_runs / "lora/config.json")
     tensors = smf.read_tensors(baseline_runs / "lora/lora.safetensors")
     for part in (tensors | {"9.mlp.up_proj.A": torch.ones(1)}, {name: tensor[:, :3]
@@ -900,7 +909,8 @@ def test_a_broken_baseline_is_refused(baseline_runs, tmp_path, capsys):
         path.mkdir()
         smf.write_json(path / "config.json", config)
         smf.write_tensors(path / "lora.safetensors", part)
-        assert "does not fit" in refused(capsys, evaluation.main, path)
+        with pytest.raises(smf.Refused, match="does not fit"):
+            smf.load(path)
 
 
 # ---- measures
@@ -988,7 +998,8 @@ def fake_evaluated(monkeypatch, target):
         figure = {"value": target(run.name, args.split), "stderr": 0.25, "n": 4}
         perplexity = {"value": len(reads), "stderr": 0.0, "n": 1}
         right = [True, True, True, False] if run.name == "base" else [True, True, False, True]
-        return {"target_accuracy": figure, "perplexity": perplexity, "knowledge_right": right}
+        return {"target_accuracy": figure, "perplexity": perplexity, "knowledge_right": right,
+                "knowledge_accuracy": figure}
 
     monkeypatch.setattr(evaluation, "evaluated", evaluated)
     return reads
@@ -997,13 +1008,14 @@ def fake_evaluated(monkeypatch, target):
 def test_kept_counts_what_was_answered_before(tmp_path, monkeypatch):
     fake_evaluated(monkeypatch, lambda *_: 0.5)
     fake_run(tmp_path / "base", "base")
-    run, args = fake_run(tmp_path / "lora-seed0", "lora"), smf.parse("", evaluation.EVALUATION, [])
+    run, args = fake_run(tmp_path / "lora-seed0", "lora"), smf.parse("", evaluation.FLAGS, [])
     row = evaluation.figures(run, args)
     assert row["kept"] == pytest.approx((2 / 3, math.sqrt(2 / 27)))
     table = evaluation.table({"run": row, "other": {"perplexity": (7, 0)}})
     assert table == (
-        "| run | target | perplexity | kept |\n| --- | --- | --- | --- |\n"
-        "| run | 0.500 ± 0.250 | 1.00 ± 0.00 | 0.667 ± 0.272 |\n| other |  | 7.00 ± 0.00 |  |"
+        "| run | target | perplexity | knowledge | kept |\n| --- | --- | --- | --- | --- |\n"
+        "| run | 0.500 ± 0.250 | 1.00 ± 0.00 | 0.500 ± 0.250 | 0.667 ± 0.272 |\n"
+        "| other |  | 7.00 ± 0.00 |  |  |"
     )
 
 
@@ -1023,7 +1035,7 @@ def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there
     found = evaluation.sweeps([*runs, fake_run(tmp_path / "base", "base")])
     assert found.keys() == {"lora", "base"} and found["base"].keys() == {None}
     assert list(found["lora"]) == [1.0, 0.3, 0.1] and found["lora"][0.3][1] == runs[2]
-    args = smf.parse("", evaluation.EVALUATION, [])
+    args = smf.parse("", evaluation.FLAGS, [])
     figures = evaluation.measured(found["lora"], args)
     assert figures["chosen"] == 0.3 and list(figures["validation"]) == [0.1, 0.3, 1.0]
     assert {name for name, split in reads if split == "test"} == {
@@ -1032,6 +1044,11 @@ def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there
     mean = evaluation.average(figures["validation"][0.3])
     assert mean["target_accuracy"] == pytest.approx((0.85, math.sqrt(0.005)))
     assert evaluation.average({0: {"perplexity": (3.0, 0.1)}}) == {"perplexity": (3.0,)}
+    with pytest.raises(smf.Refused, match="lora has other seeds"):
+        evaluation.sweeps(runs[1:])
+    longer = fake_run(tmp_path / "full-lr1-seed0", "full", lr=1.0, seed=0, epochs=9)
+    with pytest.raises(smf.Refused, match="epochs 9"):
+        evaluation.sweeps([*runs, longer])
 
 
 def test_the_study_counts_parameters_and_writes_its_files(
@@ -1182,6 +1199,7 @@ def test_medmcqa_splits_do_not_overlap():
         (train_sparse, [], "tiny/additive-tfidf-seed0"),
         (train_sparse, ["--scorer=kl", "--train-scale"], "tiny/additive-kl+s-seed0"),
         (train_sparse, ["--task=medmcqa", "--seed=2"], "tiny/additive-tfidf-medmcqa-seed2"),
+        (train_sparse, ["--fresh"], "tiny/additive-tfidf-fresh-seed0"),
         (train_sparse, ["--preset=paper", "--mode=replacement"], "paper/replacement-tfidf-seed0"),
         (train_sparse, ["--preset=paper", "--task=facts"], "paper/additive-tfidf-facts-seed0"),
         (train_sparse, ["--top-t=50", "--optimizer=sgd"], "tiny/additive-tfidf-sgd-t50-seed0"),
@@ -1190,11 +1208,12 @@ def test_medmcqa_splits_do_not_overlap():
         (train_retrofit, ["--steps=0", "--mode=replacement"], "tiny/replacement-fresh-seed0"),
     ],
 )
-def test_names_of_runs(monkeypatch, script, flags, name):
+def test_names_of_runs(tmp_path, monkeypatch, script, flags, name):
     def stop(args, condition):
         raise Killed(run_directory(args, condition))
 
     run_directory = smf.run_directory
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(smf, "run_directory", stop)
     with pytest.raises(Killed, match=rf"^out/{name.replace('+', '.')}$"):
         script.main(flags)
@@ -1252,6 +1271,7 @@ BAD = [
     (train_sparse, ["--optimizer=lion"], "--optimizer"),
     (train_sparse, ["--mode=replacement", "--train-scale"], "--train-scale"),
     (train_sparse, ["--retrofit=nowhere"], "nowhere"),
+    (train_sparse, ["--retrofit=nowhere", "--fresh"], "--fresh"),
     (train_sparse, ["--num-facts=5000"], "--num-facts"),
     (train_sparse, ["--facts-data=tiny/wikitext"], "--facts-data"),
     (train_sparse, ["--task=medmcqa", "--medmcqa-data=tiny/facts"], "--medmcqa-data"),
