@@ -6,7 +6,7 @@
 
 The loop is that of train_sparse.py, but for what is trained [Gupta26 §3.3]. A run is config.json,
 metrics.jsonl, eval.json, and lora.safetensors or, of full finetuning, a Hugging Face directory,
-model/. smf.load merges LoRA into the weights.
+model/. smf.load merges LoRA into the weights. [Hu21]: arXiv 2106.09685, LoRA.
 """
 
 import os
@@ -34,20 +34,22 @@ R, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 §3.3]; alpha is ours
 
 
 class LoRALinear(nn.Module):
-    """y = W x + alpha / r * B A dropout(x) [Hu21 §4.1]: W (out, in) frozen, A (r, in), B (out, r).
+    """y = W x + alpha / r * B A dropout(x) [Hu21 §4.1]: W (out, in) frozen, A (R, in), B (out, R).
 
-    B = 0 at the start, so that the model starts as it was. A and B are float32.
+    B = 0 at the start, so that the model starts as it was. A and B are float32. A new module is in
+    training mode, so dropout is on until model.eval().
     """
 
     def __init__(self, linear):
         super().__init__()
-        self.linear, device = linear, linear.weight.device
+        self.linear = linear
+        device = linear.weight.device
         self.A = nn.Parameter(torch.empty(R, linear.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, R, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x):
-        low = F.dropout(x.float(), DROPOUT, self.training) @ self.A.T  # (B, T, r)
+        low = F.dropout(x.float(), DROPOUT, self.training) @ self.A.T  # (B, T, R)
         return self.linear(x) + (ALPHA / R * low @ self.B.T).to(x.dtype)  # (B, T, out)
 
 
@@ -72,7 +74,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
     """AdamW on all that requires a gradient; the loop of train_sparse.py otherwise."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    if step:
+    if checkpoint:
         model.load_state_dict({name: checkpoint[name] for name in trained}, strict=False)
         smf.load_adamw(optimizer, trained, checkpoint)
     mixed = args.method == "full" and args.dtype == "bfloat16"  # the weights stay float32
@@ -101,7 +103,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
 
 
 def save_run(model, tokenizer, run, method):
-    """What smf.load needs beside config.json: the adapters, or the whole model, at once."""
+    """What smf.load needs beside config.json: the adapters, or the whole model."""
     if method == "lora":
         adapters = {name: p for name, p in smf.decoder_blocks(model).named_parameters()
                     if p.requires_grad}
@@ -120,10 +122,14 @@ def main(argv=None):
     full = args.method == "full"
     model, tokenizer = smf.load_base(args.model, "float32" if full else args.dtype, args.device)
     torch.manual_seed(args.seed)
-    model.requires_grad_(True) if full else add_lora(model)
+    if full:
+        model.requires_grad_(True)
+    else:
+        add_lora(model)
     examples, steps = train_sparse.prepare(tokenizer, data, args)
-    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype,
-              "lora_scale": ALPHA / R}
+    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype}
+    if not full:  # dropout draws its masks a micro-batch at a time
+        config |= {"lora_scale": ALPHA / R, "micro_batch": args.micro_batch_size}
     evaluation.base_run(run.parent, config)
     step, checkpoint = smf.begin_run(run, args, config)
     if not smf.finished(run):

@@ -6,11 +6,13 @@
     python eval.py --results results/tiny          # the study: tables, figure, costs, JSON
 
 A run is measured as its config.json says (task, data, sizes) unless a flag says otherwise. The
-figures stay in its eval.json and are read from there the next time. They are, +- standard error:
+figures stay in its eval.json and are read from there the next time. They are, ± standard error
+(a study's: ± standard deviation over seeds):
 
   target      facts: share of the taught facts that are recalled (greedy, any alias);
               medmcqa: share of questions whose right option has the highest mean log-likelihood
   target LL   facts: mean log-likelihood of a token of the answer
+  never taught  share of facts recalled that no run is taught: chance, or the target leaks
   perplexity  of general text, every token scored once, in a sliding window
   knowledge   share of other questions, never taught, that are answered; LL as above;
               kept: of those answered before stage 2, the share that still is
@@ -36,7 +38,7 @@ from transformers import GenerationConfig
 import smf
 from smf import natural, whole
 
-EVALUATION = {  # columns as in smf.SHARED; the last three of the papers are [Gupta26 App. C]
+EVALUATION = {  # columns as in smf.COMMON; the last three of the paper are [Gupta26 App. C]
     "task": (("facts", "medmcqa"), "facts", "medmcqa", "what to learn"),
     "split": (("test", "validation"), "test", "test", "validation: for choosing learning rates"),
     "facts-data": (str, "tiny/facts", "mandarjoshi/trivia_qa:rc.nocontext", "facts to learn"),
@@ -357,10 +359,9 @@ def table(rows):
 def report(run, data, args):
     """The table of one run, beside the base and what it started from."""
     base = base_run(run.parent, smf.read_config(run))
-    rows = {"base": base, "before": origin(run), "after": run}
-    if rows["before"] == base:
-        del rows["before"]
-    return table({name: figures(part, args, data) for name, part in rows.items()})
+    rows = {"base": base, "before stage 2": origin(run), "after": run}
+    return table({name: figures(part, args, data) for name, part in rows.items()
+                  if part != base or name == "base"})
 
 
 def run_settings(run, args):
@@ -389,38 +390,44 @@ STUDY = {  # title: conditions, as run directories are named without -lr and -se
 }
 
 
-SAME = ("model", "dtype", "batch_size", "max_length", "epochs", "steps", "warmup", "num_facts",
-        "num_questions", "facts_data", "medmcqa_data")  # what runs that are compared have in common
+LEARNED_ALIKE = {"model", "dtype", "batch_size", "max_length", "epochs", "steps", "warmup"}
 
 
-def sweeps(runs):
-    """Runs -> {condition: {learning rate: {seed: run}}}; the base has neither rate nor seed.
+def check_alike(runs, names=None):
+    """Refused if these runs differ in any of these arguments; in any but rate and seed, if None."""
+    first, *others = ((run, smf.read_config(run).get("arguments", {})) for run in runs)
+    for run, arguments in others:
+        for name in names or arguments.keys() - {"lr", "seed", "split", "retrofit"}:
+            if arguments.get(name) != first[1].get(name):
+                raise smf.Refused(f"--results: {name} is {arguments.get(name)} in {run}, but "
+                                  f"{first[1].get(name)} in {first[0]}; name the runs to compare")
 
-    Refused if they did not learn alike, or a condition lacks a seed at some learning rate.
-    """
-    found, first = {}, {}
+
+def sweeps(runs, task):
+    """Runs -> {condition: {learning rate: {seed: run}}}, the condition being the directory's name
+    without task, learning rate and seed. Refused unless every condition that has several rates has
+    as many of them as the others, and the same seeds at each."""
+    found, grids = {}, {}
     for run in runs:
-        condition = re.sub(r"(-lr[\d.e-]+)?-seed\d+$", "", run.name)
-        config = smf.read_config(run)
-        arguments = config.get("arguments", {"lr": None, "seed": None})
+        condition = re.sub(rf"(-{task})?(-lr[\d.e-]+)?-seed\d+$", "", run.name)
+        arguments = smf.read_config(run)["arguments"]
         found.setdefault(condition, {}).setdefault(arguments["lr"], {})[arguments["seed"]] = run
-        for name in SAME if config["kind"] in ("sparse", "lora", "full") else ():
-            value = arguments.get(name)
-            if first.setdefault(name, value) != value:
-                raise smf.Refused(f"--results: {run} has {name} {value}, others have {first[name]};"
-                                  f" name the run directories to compare")
     for condition, sweep in found.items():
-        seeds = {lr: sorted(runs) for lr, runs in sweep.items()}
-        if len(set(map(str, seeds.values()))) > 1:
-            raise smf.Refused(f"--results: {condition} has other seeds at other learning rates "
-                              f"({seeds}); finish its runs, or name the run directories to compare")
+        check_alike([run for seeds in sweep.values() for run in seeds.values()])
+        if len(sweep) > 1:
+            grids[condition] = [sorted(seeds) for seeds in sweep.values()]
+    for condition, grid in grids.items():
+        if grid != (first := list(grids.values())[0]) or grid != grid[:1] * len(grid):
+            raise smf.Refused(f"--results: {condition} has the seeds {grid} at its learning rates, "
+                              f"{list(grids)[0]} {first}; finish them, or name the runs to compare")
     return found
 
 
 def average(rows):
     """{seed: {measure: (value, ...)}} -> {measure: (mean, standard deviation)} over the seeds."""
     rows = list(rows.values())
-    values = {measure: [row[measure][0] for row in rows] for measure in rows[0]}
+    values = {measure: [row[measure][0] for row in rows] for measure in rows[0]
+              if all(measure in row for row in rows)}
     return {measure: (fmean(v), stdev(v)) if len(v) > 1 else (v[0],)
             for measure, v in values.items()}
 
@@ -435,15 +442,13 @@ def best_rate(validation):
 def measured(sweep, args):
     """One condition's {learning rate: {seed: run}} -> its figures on the validation split, the
     learning rate chosen, and its figures on the test split, which is read there alone."""
-    def at(lr, split):
-        own = {seed: vars(run_settings(run, args)) | {"split": split}
-               for seed, run in sweep[lr].items()}
-        return {seed: figures(sweep[lr][seed], argparse.Namespace(**own[seed]))
-                for seed in sorted(own)}
-
-    validation = {lr: at(lr, "validation") for lr in sorted(sweep)}
-    chosen = best_rate(validation)
-    return {"validation": validation, "chosen": chosen, "test": at(chosen, "test")}
+    validation, test = (argparse.Namespace(**vars(args) | {"split": split})
+                        for split in ("validation", "test"))
+    swept = {lr: {seed: figures(run, validation) for seed, run in sorted(sweep[lr].items())}
+             for lr in sorted(sweep)}
+    chosen = best_rate(swept)
+    return {"validation": swept, "chosen": chosen,
+            "test": {seed: figures(run, test) for seed, run in sorted(sweep[chosen].items())}}
 
 
 @torch.no_grad()
@@ -460,6 +465,11 @@ def inference_speeds(runs, device, rounds=5, new_tokens=64):
     return {name: 32 * new_tokens / median(part[1:]) for name, part in times.items()}
 
 
+def metrics(run):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def accounting(run, base):
     """One row of [Gupta26 Table 3] for a run, and how many rows of its memories ever moved."""
     config, (model, _) = smf.read_config(run), smf.load(run)
@@ -473,31 +483,26 @@ def accounting(run, base):
                      for name, p in wrapper.named_parameters() if not name.startswith("mlp."))
         pairs = list(zip(*(smf.memories(m).values() for m in (model, smf.load(origin(run))[0]))))
         touched = sum((a.values != b.values).any(1).sum().item() for a, b in pairs)
-        rows = [sum(line["rows"].values()) for line in metrics([run])]
-        updated = (sum(rows) / len(rows) * pairs[0][0].values.shape[1]
+        rows = fmean(sum(line["rows"].values()) for line in metrics(run))
+        updated = (rows * pairs[0][0].values.shape[1]
                    + config["arguments"]["train_scale"] * len(pairs))
     change = size - sum(p.numel() for p in smf.load(base)[0].parameters())
     return {"parameters stored": stored, "net change at inference": change,
             "updated per step": round(updated), "rows ever changed": touched}
 
 
-def metrics(runs):
-    """The lines of all their metrics.jsonl."""
-    return [json.loads(line) for run in runs
-            for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def costs(found, chosen, device):
-    """{condition: {title: number}}: parameters; time and memory as shares of others'.
+    """{condition: {title: number}}: parameters of the chosen run; speed and memory, relative.
 
-    found: see sweeps. chosen: {condition: run}, with base and full. Training time is the median
-    over the steps of a condition's whole sweep, peak memory that of the process; inference is
-    measured here.
+    found: see sweeps. chosen: {condition: run}, base and full among them. Training speed is the
+    median over all steps of a condition's runs, so these must have run under like conditions;
+    memory, the median of their peaks, that of the whole process. Inference is measured here.
     """
-    lines = {name: metrics(run for runs in found[name].values() for run in runs.values())
+    lines = {name: [metrics(run) for runs in found[name].values() for run in runs.values()]
              for name in chosen if name != "base"}
-    rate = {name: median(line["tokens/s"] for line in part) for name, part in lines.items()}
-    peak = {name: max(line["peak_GiB"] for line in part) for name, part in lines.items()}
+    rate = {name: median(line["tokens/s"] for part in parts for line in part)
+            for name, parts in lines.items()}
+    peak = {name: median(part[-1]["peak_GiB"] for part in parts) for name, parts in lines.items()}
     speed = inference_speeds(chosen, device)
     return {name: accounting(chosen[name], chosen["base"]) | {
         "s/step, full = 1": round(rate["full"] / rate[name], 2),
@@ -505,50 +510,73 @@ def costs(found, chosen, device):
         "inference tokens/s, base = 1": round(speed[name] / speed["base"], 2)} for name in lines}
 
 
-def plot(studied, path):
-    """The frontier: target gain against each forgetting probe, a curve over learning rates.
+def frontier(studied, names):
+    """{condition: (target gain, perplexity, knowledge, index of the chosen)}: a curve for every
+    condition of several learning rates; lists over them, validation split, means over seeds."""
+    nothing = average(studied["base"]["validation"][None])["target_accuracy"][0]
+    curves = {}
+    for name in names:
+        validation = studied[name]["validation"] if name in studied else {}
+        points = [average(rows) for rows in validation.values()]
+        gain, *probes = ([point[measure][0] for point in points] for measure in
+                         ("target_accuracy", "perplexity", "knowledge_accuracy"))
+        if len(points) > 1:
+            chosen = list(validation).index(studied[name]["chosen"])
+            curves[name] = [value - nothing for value in gain], *probes, chosen
+    return curves
 
-    Of the validation split, means over seeds; the chosen point ringed, the base a line.
-    """
+
+def plot(studied, path):
+    """The frontiers: target gain against each forgetting probe; the chosen point ringed, the base a
+    line."""
+    import matplotlib
     from matplotlib import pyplot
+    matplotlib.use("Agg")  # no screen
     base = average(studied["base"]["validation"][None])
-    swept = {title: [name for name in names if len(studied.get(name, {}).get("validation", ())) > 1]
-             for title, names in STUDY.items()}
-    swept = {title: names for title, names in swept.items() if names}
-    figure, axes = pyplot.subplots(max(1, len(swept)), 2, figsize=(11, 4 * len(swept)),
-                                   squeeze=False)
-    for (title, names), pair in zip(swept.items(), axes):
-        for axis, probe in zip(pair, ("perplexity", "knowledge_accuracy")):
-            for name, marker, line in zip(names, "osD^v<>P*", ["-", "--", "-.", ":"] * 3):
-                validation = studied[name]["validation"]
-                points = [average(rows) for rows in validation.values()]
-                x = [p["target_accuracy"][0] - base["target_accuracy"][0] for p in points]
-                y = [p[probe][0] for p in points]
-                colour = axis.plot(x, y, line, marker=marker, label=name)[0].get_color()
-                at = list(validation).index(studied[name]["chosen"])
-                axis.plot(x[at], y[at], marker, ms=14, mfc="none", mec=colour)
+    curves = {title: frontier(studied, names) for title, names in STUDY.items()}
+    curves = {title: part for title, part in curves.items() if part}
+    figure, axes = pyplot.subplots(len(curves), 2, figsize=(11, 4 * len(curves)), squeeze=False)
+    for (title, part), pair in zip(curves.items(), axes):
+        for i, (axis, probe) in enumerate(zip(pair, ("perplexity", "knowledge_accuracy"))):
+            for (name, (x, *ys, at)), marker, line in zip(part.items(), "osD^v<>P*",
+                                                          ["-", "--", "-.", ":"] * 3):
+                colour = axis.plot(x, ys[i], line, marker=marker, label=name)[0].get_color()
+                axis.plot(x[at], ys[i][at], marker, ms=14, mfc="none", mec=colour)
             axis.axhline(base[probe][0], color="black", lw=0.8)
             axis.annotate("base", (0, base[probe][0]), va="bottom")
             axis.set(title=title, xlabel="target gain", ylabel=probe.replace("_", " "),
-                     yscale="log" if probe == "perplexity" else "linear")
+                     yscale=("log", "linear")[i])
         pair[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def study(runs, args):
     """All of it -> tables.md, frontier.png and results.json in the directory --results."""
     if not importlib.util.find_spec("matplotlib"):
         raise smf.Refused("--results: the figure, alone, needs matplotlib: pip install matplotlib")
-    found = sweeps(run for run in runs if run_settings(run, args).task == args.task)
-    for name in {"base", "full"} - found.keys():
-        raise smf.Refused(f"--results: there is no run of {name} among these; make it first")
-    studied = {name: measured(sweep, args) for name, sweep in found.items()}
+    if args.results.is_file():
+        raise smf.Refused(f"--results {args.results}: is a file; name a directory")
+    tasks = {run: smf.read_config(run).get("arguments", {}).get("task") for run in runs}
+    learners = [run for run in runs if tasks[run] == args.task]
+    found = sweeps([run for run in runs if smf.read_config(run)["kind"] == "retrofit"] + learners,
+                   args.task)
+    if "full" not in found:
+        raise smf.Refused(f"--results: no run of full finetuning, --task {args.task}, is among "
+                          f"these; make one with baselines.py")
+    check_alike(learners, LEARNED_ALIKE | settings(args).keys() - {"split"})
+    own = run_settings(learners[0], args)  # those of all
+    base = base_run(learners[0].parent, smf.read_config(learners[0]))
+    found = {"base": {None: {None: base}}} | found
+    names = list(dict.fromkeys(name for names in STUDY.values() for name in names if name in found))
+    studied = {name: measured(found[name], own) for name in names}
     chosen = {name: next(iter(found[name][studied[name]["chosen"]].values()))
               for name in STUDY[TABLE_1] if name in found}
+    labels = {name: f"{name}, lr {studied[name]['chosen']:g} of {min(sweep):g} to {max(sweep):g}"
+              if len(sweep) > 1 else name for name, sweep in found.items() if name in names}
     cost = costs(found, chosen, args.device)
-    parts = {title: table({f"{name}, lr {studied[name]['chosen']:g}"
-                           if len(found[name]) > 1 else name: average(studied[name]["test"])
+    parts = {title: table({labels[name]: average(studied[name]["test"])
                            for name in names if name in found}) for title, names in STUDY.items()}
     parts["What it costs, as in Table 3 of [Gupta26]"] = markdown("run", {
         name: {title: "" if cell is None else f"{cell:,}" for title, cell in row.items()}
@@ -557,7 +585,8 @@ def study(runs, args):
     text = "\n".join(f"{title}\n\n{part}\n" for title, part in parts.items())
     smf.write_atomic(args.results / "tables.md", lambda path: path.write_text(text))
     smf.write_json(args.results / "results.json", {"figures": studied, "costs": cost})
-    plot(studied, args.results / "frontier.png")
+    if any(len(sweep) > 1 for sweep in found.values()):
+        plot(studied, args.results / "frontier.png")
     print(text)
 
 

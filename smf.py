@@ -412,7 +412,10 @@ def write_json(path, value):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
     except (OSError, ValueError) as error:
         raise Refused(f"{path}: cannot be read ({error}); name a run of this project") from None
 
@@ -488,23 +491,30 @@ def finished(run_dir):
 
 @torch.no_grad()
 def merge_lora(model, tensors, scale, source):
-    """Add scale * B A to the weights W of a base model; see baselines.LoRALinear."""
-    blocks = decoder_blocks(model)
-    weights = dict(blocks.named_parameters())
-    for name in {name.rpartition(".")[0] for name in tensors}:  # of a projection
-        try:
-            A, B = tensors[f"{name}.A"], tensors[f"{name}.B"]  # (r, in), (out, r)
-            weights[f"{name}.weight"] += (scale * B @ A).to(model.device)  # (out, in)
-        except (KeyError, RuntimeError):
-            raise Refused(f"{source}: {name} does not fit the model of its config.json") from None
+    """W + scale * B A for every projection of a base model; see baselines.LoRALinear."""
+    linears = {name: module for name, module in decoder_blocks(model).named_modules()
+               if isinstance(module, nn.Linear)}
+    fits = tensors.keys() == {f"{name}.{part}" for name in linears for part in "AB"} and all(
+        (tensors[f"{name}.B"].shape[0], tensors[f"{name}.A"].shape[1]) == linear.weight.shape
+        and tensors[f"{name}.A"].shape[0] == tensors[f"{name}.B"].shape[1]
+        for name, linear in linears.items())
+    if not fits:
+        raise Refused(f"{source}: its tensors do not fit the model of its config.json")
+    for name, linear in linears.items():
+        A, B = (tensors[f"{name}.{part}"].to(model.device) for part in "AB")  # (r, in), (out, r)
+        linear.weight += scale * B @ A  # (out, in)
 
 
 def load(run_dir, device="cpu"):
-    """A finished run from its directory alone -> (model, tokenizer), ready for model.generate."""
+    """A finished run from its directory alone -> (model, tokenizer), ready for model.generate.
+
+    A base that was trained, by full finetuning or merged LoRA, stays float32, as it was trained.
+    """
     config = read_config(run_dir)
     kind, path = config["kind"], Path(run_dir, WEIGHTS[config["kind"]])
-    whole = str(path.resolve()) if kind == "full" else config["model"]
-    model, tokenizer = load_base(whole, config["dtype"], device)
+    name = str(path.resolve()) if kind == "full" else config["model"]
+    dtype = "float32" if kind in ("lora", "full") else config["dtype"]
+    model, tokenizer = load_base(name, dtype, device)
     if kind in ("retrofit", "sparse"):
         retrofit(model, config["layers"], config["mode"], **config["memory"])
         load_memory(model, read_tensors(path), path)
@@ -553,11 +563,12 @@ COMMON = {
 RUN_FILES = {*WEIGHTS.values(), "metrics.jsonl", "checkpoint.safetensors", "eval.json",
              "eval-validation.json"}
 # Flags that make another method of a run, and what stands for them in its name.
-NAMED = {"task": "", "optimizer": "", "top_t": "t", "lr": "lr"}
+NAMED = {"optimizer": "", "top_t": "t", "retrofit": "from-", "task": "", "lr": "lr"}
 
 
 def parse(description, flags, argv=None, positional=None):
-    """The command line -> args with the preset's defaults; args.given: what the line itself has."""
+    """The command line -> args with the preset's defaults; args.given: what the line itself has;
+    args.unusual: what of it differs from the preset."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -606,7 +617,7 @@ def script(main):
 def run_directory(args, condition):
     """--out, or out/<preset>/<condition>-seed<k>, where the condition also names unusual flags:
     additive-tfidf-t50-lr0.1-seed0. Refused where something would be lost."""
-    names = [f"-{prefix}{args.unusual[name]}" for name, prefix in NAMED.items()
+    names = [f"-{prefix}{Path(str(args.unusual[name])).name}" for name, prefix in NAMED.items()
              if name in args.unusual]
     condition = "".join([condition, *names, f"-seed{args.seed}"])
     run = args.out or Path("out", args.preset, condition)
@@ -629,12 +640,14 @@ def begin_run(run, args, config):
                "micro_batch_size")
     arguments = {name: value for name, value in vars(args).items() if name not in passing}
     config = json.loads(json.dumps(config | {"arguments": arguments}, default=str))
+    measures = ("arguments", "split", "eval_examples", "eval_tokens", "window", "stride",
+                "trivia_data", "wikitext_data", "untaught_data")  # they decide no weight
     metrics, checkpoint = run / "metrics.jsonl", run / "checkpoint.safetensors"
     step, tensors = 0, {}
     if args.resume and (run / "config.json").exists():
         old = read_json(run / "config.json")
         for name, value in (config | config["arguments"]).items():
-            if name != "arguments" and (old | old["arguments"]).get(name) != value:
+            if name not in measures and (old | old["arguments"]).get(name) != value:
                 raise Refused(f"--resume: {run} has another {name}; give the same, or --overwrite")
         if checkpoint.exists():
             tensors = read_tensors(checkpoint)
@@ -686,10 +699,11 @@ def adamw_state(optimizer, trained):
 def load_adamw(optimizer, trained, saved):
     """Go on from an adamw_state; AdamW keeps its step count on the CPU."""
     for name, parameter in trained.items():
-        optimizer.state[parameter] = {
-            part: saved[f"optimizer.{name}.{part}"].to(device)
-            for part, device in (("step", "cpu"), ("exp_avg", parameter.device),
-                                 ("exp_avg_sq", parameter.device))}
+        if f"optimizer.{name}.step" in saved:  # not so where there never was a gradient
+            optimizer.state[parameter] = {
+                part: saved[f"optimizer.{name}.{part}"].to(device)
+                for part, device in (("step", "cpu"), ("exp_avg", parameter.device),
+                                     ("exp_avg_sq", parameter.device))}
 
 
 def peak_memory(device):

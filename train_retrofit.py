@@ -117,7 +117,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
     optimizer = torch.optim.AdamW([{"params": tables, "initial_lr": args.lr},
                                    {"params": scales, "initial_lr": args.scale_lr}],
                                   eps=1e-12, weight_decay=0.0)  # eps: see smf.RowOptimizer
-    if step:
+    if checkpoint:
         smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
         smf.load_adamw(optimizer, trained, checkpoint)
 

@@ -148,6 +148,8 @@ def main(argv=None):
     args.lr = args.lr or LEARNING_RATE[args.optimizer]
     run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' * args.train_scale}"
                                   f"{'-fresh' * args.fresh}")
+    if args.scorer == "all" and "top_t" in args.given:
+        raise smf.Refused("--top-t: --scorer all updates every row read; leave one of them out")
     if args.fresh and args.retrofit:
         raise smf.Refused("--fresh: means another start than --retrofit; leave one of them out")
     if args.train_scale and args.mode == "replacement":
