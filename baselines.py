@@ -21,14 +21,14 @@ import eval as evaluation
 import smf
 import train_sparse
 
-FLAGS = smf.COMMON | evaluation.EVALUATION | {
-    name: train_sparse.FLAGS[name] for name in ("epochs", "steps", "warmup")} | {
-    "method": (("lora", "full"), "lora", "lora", "what is trained: adapters, or every weight"),
-    "lr": (smf.positive, None, None, "learning rate; none: that of LEARNING_RATE (ours)"),
-}
 LEARNING_RATE = {  # tiny: the best of the study's; paper: a usual one, not measured there
     "tiny": {"lora": 1e-3, "full": 2e-4},
     "paper": {"lora": 3e-4, "full": 3e-5},
+}
+FLAGS = smf.COMMON | evaluation.EVALUATION | {
+    name: train_sparse.FLAGS[name] for name in ("epochs", "steps", "warmup")} | {
+    "method": (("lora", "full"), "lora", "lora", "what is trained: adapters, or every weight"),
+    "lr": (smf.positive, None, None, f"learning rate; none: {LEARNING_RATE} (ours)"),
 }
 R, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 §3.3]; alpha is ours
 

@@ -1185,6 +1185,14 @@ def test_people_of_the_tiny_world_do_not_mix():
     assert names("wikitext/test") <= groups[2]
 
 
+def test_the_defaults_of_tiny_are_the_choice_of_the_study():
+    figures = smf.read_json(ROOT / "results/tiny/results.json")["figures"]
+    chosen = {name: part["chosen"] for name, part in figures.items()}
+    rows, others = train_sparse.LEARNING_RATE["tiny"], baselines.LEARNING_RATE["tiny"]
+    assert rows == {"adamw": chosen["additive-tfidf"], "sgd": chosen["additive-tfidf-sgd"]}
+    assert others == {"lora": chosen["lora"], "full": chosen["full"]}
+
+
 def test_facts_never_taught_stay_at_chance():
     """Of every method of results/tiny; one of 31 to 64 values, at random, is right in 2 %."""
     figures = smf.read_json(ROOT / "results/tiny/results.json")["figures"]
@@ -1558,8 +1566,12 @@ def test_the_scripts_run(tmp_path):
     result = smf.read_json(tmp_path / "out/tiny/additive-tfidf-seed0/eval.json")
     for measure in ("target_accuracy", "perplexity", "knowledge_accuracy"):
         assert set(result[measure]) == {"value", "stderr", "n"}
+    seed = ["--seed=1", "--split=validation"]
+    fresh = script("train_sparse.py", "--fresh", *QUICK, *small, *seed, cwd=tmp_path)
+    assert "running stage 1 first" in fresh and "additive-fresh-seed1" in fresh
+    assert (tmp_path / "out/tiny/additive-fresh-seed1/metrics.jsonl").read_text() == ""
+    lora = script("baselines.py", "--method=lora", *QUICK, cwd=tmp_path)
+    assert "| after |" in lora and "before stage 2" not in lora and "never taught" in lora
     table = script("eval.py", cwd=tmp_path)
-    assert all(f"| {name} |" in table for name in names)
-    assert "fresh-seed1" in script(
-        "train_retrofit.py", "--steps=0", "--seed=1", *small, cwd=tmp_path
-    )
+    assert all(f"| {name} |" in table for name in {*names, "lora-seed0", "additive-fresh-seed1"})
+    assert "facts, test split" in table and "facts, validation split" in table
