@@ -452,15 +452,17 @@ def measured(sweep, args):
 
 
 @torch.no_grad()
-def inference_speeds(runs, device, rounds=5, new_tokens=64):
+def inference_speeds(runs, device, rounds=9, new_tokens=32):
     """{name: run} -> {name: tokens/s of greedy generation}, medians of interleaved rounds."""
     models = {name: smf.load(run, device)[0] for name, run in runs.items()}
     ids, times = torch.arange(512, device=device).view(32, 16), {name: [] for name in models}
+    order = list(models)
     for _ in tqdm(range(rounds + 1), desc="inference", leave=False):  # the first to warm up
-        for name, model in models.items():
+        order.append(order.pop(0))  # nobody is always first
+        for name in order:
             start = time.perf_counter()
-            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                           min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+            models[name].generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                  min_new_tokens=new_tokens, max_new_tokens=new_tokens)
             times[name].append(time.perf_counter() - start)
     return {name: 32 * new_tokens / median(part[1:]) for name, part in times.items()}
 
@@ -541,11 +543,12 @@ def plot(studied, path):
             for (name, (x, *ys, at)), marker, line in zip(part.items(), "osD^v<>P*",
                                                           ["-", "--", "-.", ":"] * 3):
                 colour = axis.plot(x, ys[i], line, marker=marker, label=name)[0].get_color()
-                axis.plot(x[at], ys[i][at], marker, ms=14, mfc="none", mec=colour)
+                axis.plot(x[at], ys[i][at], marker, ms=14, mfc="none", color=colour)
             axis.axhline(base[probe][0], color="black", lw=0.8)
             axis.annotate("base", (0, base[probe][0]), va="bottom")
             axis.set(title=title, xlabel="target gain", ylabel=probe.replace("_", " "),
                      yscale=("log", "linear")[i])
+        pair[0].set_ylim(top=min(pair[0].get_ylim()[1], 6 * base["perplexity"][0]))  # cut off
         pair[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
