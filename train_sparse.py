@@ -22,7 +22,7 @@ import smf
 import train_retrofit
 from smf import natural, positive, whole
 
-LEARNING_RATE = {  # tiny: the best of the study's; paper: not measured there
+LEARNING_RATE = {  # tiny: the study's choice for tfidf, README has the others'; paper: not measured
     "tiny": {"adamw": 0.5, "sgd": 6000.0},
     "paper": {"adamw": 0.3, "sgd": 6000.0},
 }
