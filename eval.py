@@ -333,8 +333,9 @@ def figures(run, args, data=None):
     result = evaluated(run, args, data)
     row = {name: (result[name]["value"], result[name]["stderr"])
            for name, _ in COLUMNS.values() if name in result}
-    if smf.finished(origin(run)):
-        before = evaluated(origin(run), args, data)["knowledge_right"]
+    start = origin(run)
+    if smf.finished(start):
+        before = evaluated(start, args, data)["knowledge_right"]
         still = [now for now, then in zip(result["knowledge_right"], before) if then]
         row |= {"kept": tuple(mean(still).values())[:2]} if still else {}
     return row
@@ -397,7 +398,7 @@ def check_alike(runs, names=None):
     """Refused if these runs differ in any of these arguments; in any but rate and seed, if None."""
     first, *others = ((run, smf.read_config(run).get("arguments", {})) for run in runs)
     for run, arguments in others:
-        for name in names or arguments.keys() - {"lr", "seed", "split", "retrofit"}:
+        for name in sorted(names or arguments.keys() - {"lr", "seed", "split", "retrofit"}):
             if arguments.get(name) != first[1].get(name):
                 raise smf.Refused(f"--results: {name} is {arguments.get(name)} in {run}, but "
                                   f"{first[1].get(name)} in {first[0]}; name the runs to compare")
@@ -417,9 +418,10 @@ def sweeps(runs, task):
         if len(sweep) > 1:
             grids[condition] = [sorted(seeds) for seeds in sweep.values()]
     for condition, grid in grids.items():
-        if grid != (first := list(grids.values())[0]) or grid != grid[:1] * len(grid):
+        other, expected = next(iter(grids.items()))
+        if grid != expected or any(seeds != grid[0] for seeds in grid):
             raise smf.Refused(f"--results: {condition} has the seeds {grid} at its learning rates, "
-                              f"{list(grids)[0]} {first}; finish them, or name the runs to compare")
+                              f"{other} {expected}; finish them, or name the runs to compare")
     return found
 
 
@@ -545,7 +547,8 @@ def plot(studied, path):
                 colour = axis.plot(x, ys[i], line, marker=marker, label=name)[0].get_color()
                 axis.plot(x[at], ys[i][at], marker, ms=14, mfc="none", color=colour)
             axis.axhline(base[probe][0], color="black", lw=0.8)
-            axis.annotate("base", (0, base[probe][0]), va="bottom")
+            axis.annotate("base", (0.01, base[probe][0]), va=("bottom", "top")[i],
+                          xycoords=axis.get_yaxis_transform())
             axis.set(title=title, xlabel="target gain", ylabel=probe.replace("_", " "),
                      yscale=("log", "linear")[i])
         pair[0].set_ylim(top=min(pair[0].get_ylim()[1], 6 * base["perplexity"][0]))  # cut off

@@ -494,11 +494,10 @@ def merge_lora(model, tensors, scale, source):
     """W + scale * B A for every projection of a base model; see baselines.LoRALinear."""
     linears = {name: module for name, module in decoder_blocks(model).named_modules()
                if isinstance(module, nn.Linear)}
-    fits = tensors.keys() == {f"{name}.{part}" for name in linears for part in "AB"} and all(
-        (tensors[f"{name}.B"].shape[0], tensors[f"{name}.A"].shape[1]) == linear.weight.shape
-        and tensors[f"{name}.A"].shape[0] == tensors[f"{name}.B"].shape[1]
-        for name, linear in linears.items())
-    if not fits:
+    r = next((len(tensor) for name, tensor in tensors.items() if name.endswith(".A")), 0)
+    own = {f"{name}.A": (r, linear.in_features) for name, linear in linears.items()}
+    own |= {f"{name}.B": (linear.out_features, r) for name, linear in linears.items()}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != own:
         raise Refused(f"{source}: its tensors do not fit the model of its config.json")
     for name, linear in linears.items():
         A, B = (tensors[f"{name}.{part}"].to(model.device) for part in "AB")  # (r, in), (out, r)
@@ -550,7 +549,7 @@ COMMON = {
     "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
     "max-length": (whole, 128, 1024, "tokens of an example; prompts lose their beginning first"),
     "batch-size": (whole, 16, 16, "examples of an optimizer step"),
-    "micro-batch-size": (whole, None, 4, "examples run at once; changes nothing else (ours)"),
+    "micro-batch-size": (whole, None, 4, "examples run at once; changes only LoRA's dropout"),
     "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
     "seed": (natural, 0, 0, "of initialisation and batches"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto", "auto: cuda, else mps, else cpu"),
@@ -648,7 +647,8 @@ def begin_run(run, args, config):
         old = read_json(run / "config.json")
         for name, value in (config | config["arguments"]).items():
             if name not in measures and (old | old["arguments"]).get(name) != value:
-                raise Refused(f"--resume: {run} has another {name}; give the same, or --overwrite")
+                raise Refused(f"--resume: {run} was made with another {name}; give the same"
+                              f" one, or --overwrite")
         if checkpoint.exists():
             tensors = read_tensors(checkpoint)
             step = int(tensors["step"])
