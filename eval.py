@@ -22,6 +22,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -169,17 +170,27 @@ def read_data(args):
 def batches(examples, size, label):
     """(indices, Examples) of similar lengths, longest first: memory runs out at once or never."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
-    for i in tqdm(range(0, len(order), size), desc=label, leave=False):
+    for i in tqdm(range(0, len(order), size), label, leave=False, disable=len(order) <= size):
         yield order[i:i + size], [examples[j] for j in order[i:i + size]]
 
 
 @torch.no_grad()
 def log_likelihoods(model, examples, size=32):
-    """Mean log-likelihood of a target token of each Example -> (len(examples),) float64."""
+    """Mean log-likelihood of a target token of each Example -> (len(examples),) float64.
+
+    What all prompts of a batch begin with (a chat template, the question of four options) is
+    computed once, and each goes on from its cache.
+    """
     means = torch.zeros(len(examples), dtype=torch.float64)
     for indices, batch in batches(examples, size, "log-likelihood"):
-        batch = smf.collate(batch, model.device)
-        loss = smf.token_loss(model, batch).double().cpu().sum(1)  # (B,)
+        shared, cache = os.path.commonprefix([ids[:start - 1] for ids, start in batch]), None
+        if shared:
+            cache = model(torch.tensor([shared], device=model.device),
+                          logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(batch))
+        batch = smf.collate([smf.Example(ids[len(shared):], start - len(shared))
+                             for ids, start in batch], model.device)
+        loss = smf.token_loss(model, batch, cache).double().cpu().sum(1)  # (B,)
         means[indices] = -loss / (batch["targets"] != -100).sum(1).cpu()
     return means
 
@@ -251,10 +262,11 @@ def ask(model, tokenizer, questions):
 
 def choose(model, tokenizer, questions):
     """-> whether the right option has the highest mean log-likelihood, for each question."""
-    examples = [smf.encode(tokenizer, q.prompt, option, end=False)
-                for q in questions for option in q.options]
-    best = log_likelihoods(model, examples).view(-1, 4).argmax(1).tolist()  # (questions,)
-    return [option == q.cop for option, q in zip(best, questions)]
+    right = []
+    for q in tqdm(questions, desc="options", leave=False):
+        options = [smf.encode(tokenizer, q.prompt, option, end=False) for option in q.options]
+        right.append(log_likelihoods(model, options).argmax().item() == q.cop)
+    return right
 
 
 def settings(args):

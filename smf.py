@@ -811,10 +811,15 @@ def collate(examples, device="cpu", length=0):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def token_loss(model, batch):
-    """-log p of every target of a collated batch -> (B, C), 0 where there is none."""
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"],
-                   logits_to_keep=batch["columns"], use_cache=False).logits  # (B, C, vocabulary)
+def token_loss(model, batch, cache=None):
+    """-log p of every target of a collated batch -> (B, C), 0 where there is none.
+
+    cache: the past_key_values of what comes before, if the batch goes on from there.
+    """
+    past = cache.get_seq_length() if cache else 0
+    logits = model(batch["input_ids"], past_key_values=cache, use_cache=cache is not None,
+                   attention_mask=F.pad(batch["attention_mask"], (past, 0), value=1),
+                   logits_to_keep=batch["columns"]).logits  # (B, C, vocabulary)
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
                            ignore_index=-100, reduction="none")  # (B * C,)
     return loss.view_as(batch["targets"])  # (B, C)

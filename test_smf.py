@@ -100,9 +100,10 @@ def test_forward_is_the_gated_sum_of_the_rows_read():
 # ---- invariant 2: the retrofit starts harmless
 
 
-@pytest.mark.parametrize(
-    "kind", ["Qwen2", "Qwen3", "Llama", "Gemma", "Phi3", "GPT2", "GPTNeoX", "Mistral"]
-)
+ARCHITECTURES = ["Qwen2", "Qwen3", "Llama", "Gemma", "Phi3", "GPT2", "GPTNeoX", "Mistral"]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_retrofit_of_every_architecture_with_alpha_zero_is_the_base(kind):
     model, ids = small_model(kind), torch.randint(3, 50, (2, 9))
     before = model(ids).logits
@@ -637,6 +638,31 @@ def test_stage_1_keeps_the_query_statistics_of_what_it_reads(tmp_path):
         moments.append(tensors["1.memory.query_mean"])
     assert moments[0].abs().max() > 0.1  # calibrated before training
     assert 0 < (moments[1] - moments[0]).abs().max() < 0.5  # and tracked in it
+    train_retrofit.main([*flags, "--steps=3", "--query-momentum=0", f"--out={tmp_path / 'off'}"])
+    tensors = smf.read_tensors(tmp_path / "off/memory.safetensors")
+    assert not tensors["1.memory.query_mean"].any() and (tensors["1.memory.query_var"] == 1).all()
+
+
+def test_stage_1_logs_what_each_batch_reads(runs, tmp_path):
+    flags = ["--steps=1", "--examples=64", "--background=40", *SMALL, "--seed=7"]
+    train_retrofit.main([*flags, f"--out={tmp_path}"])
+    args = smf.parse("", train_retrofit.FLAGS, flags)
+    model, tokenizer = smf.load_base(args.model)
+    torch.manual_seed(7)
+    shape = {name: getattr(args, name) for name in ("n_keys", "heads", "k_dim", "top_k")}
+    smf.retrofit(model, [1, 2, 3], scale=args.scale, **shape)
+    chats = [smf.encode(tokenizer, *chat, 128) for chat in train_retrofit.general_chats(args)]
+    general, data = chats[128:168], chats[128:192]
+    train_retrofit.calibrate(model, [smf.collate(general)])
+    counts = [torch.zeros(shape["n_keys"] ** 2) for _ in range(3)]
+    for example in next(smf.batch_stream(data, args.batch_size, 7)):
+        tapes = smf.read_only(model, smf.collate([example]))
+        for count, (read,) in zip(counts, tapes.values()):
+            count += smf.count_reads(read.rows, len(count))
+    (line,) = metrics(tmp_path)
+    spreads = [train_retrofit.spread(count) for count in counts]
+    assert line["usage"] == pytest.approx([usage for usage, _ in spreads], abs=2e-3)
+    assert line["KL"] == pytest.approx([kl for _, kl in spreads], abs=2e-3)
 
 
 def test_the_held_out_chats_are_not_trained_on(tmp_path, monkeypatch):
@@ -971,6 +997,29 @@ def test_log_likelihood_and_answers_do_not_depend_on_the_batch():
     assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(one, abs=1e-4)
 
 
+def by_hand(model, ids, start):
+    """Mean log-likelihood of ids[start:], one sequence, no padding, no cache."""
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    terms = [logits[i - 1, ids[i]].item() for i in range(start, len(ids))]
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("template", [0, 1, 6])  # tokens that all prompts begin with
+def test_log_likelihoods_share_the_beginning_and_equal_one_at_a_time(kind, template):
+    model, random = small_model(kind), torch.Generator().manual_seed(template)
+    smf.retrofit(model, [1, 2], scale=1.0, **SHAPE)
+    data = []
+    for prompt, answer in [(0, 1), (0, 3), (4, 2), (7, 5), (2, 1), (2, 4)]:
+        new = torch.randint(3, 50, (1 + prompt + answer,), generator=random).tolist()
+        ids = list(range(3, 3 + template)) + [3 + len(data) % 2] + new[1:]  # no longer in common
+        data.append(smf.Example(ids, template + 1 + prompt))
+    expected = [by_hand(model, *example) for example in data]
+    for size in (6, 4, 1):
+        found = evaluation.log_likelihoods(model, data, size).tolist()
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_answered():
     assert evaluation.answered("It is The  Eiffel-Tower, surely", ["eiffel tower"])
     assert not evaluation.answered(
@@ -985,16 +1034,27 @@ def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
     for cop in range(4):
         question = evaluation.Question("Which?", names[cop], options=names, cop=cop)
         right += evaluation.choose(model, tokenizer, [question])
-    likelihood = []  # by hand, one option at a time
-    prompt, space = smf.prompt_ids(tokenizer, "Which?")
-    for name in names:
-        ids = prompt + tokenizer(space + name, add_special_tokens=False)["input_ids"]
-        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        terms = [logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
-        likelihood.append(sum(terms) / len(terms))
-    assert right == [i == likelihood.index(max(likelihood)) for i in range(4)] and sum(right) == 1
     data = [smf.encode(tokenizer, "Which?", name, end=False) for name in names]
-    assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(likelihood, abs=1e-4)
+    likelihood = [by_hand(model, *example) for example in data]
+    assert right == [i == likelihood.index(max(likelihood)) for i in range(4)] and sum(right) == 1
+    prompt, space = smf.prompt_ids(tokenizer, "Which?")  # and the text is that of the options alone
+    for (ids, start), name in zip(data, names):
+        assert ids == prompt + tokenizer(space + name, add_special_tokens=False)["input_ids"]
+        assert start == len(prompt)
+
+
+def test_multiple_choice_equals_one_option_at_a_time():
+    model, tokenizer = smf.load_base("tiny/model")
+    _, questions = evaluation.medmcqa(smf.parse("", evaluation.FLAGS, ["--task=medmcqa"]))
+    expected = []
+    for q in questions[:40]:
+        options = [smf.encode(tokenizer, q.prompt, option, end=False) for option in q.options]
+        likelihood = [by_hand(model, *example) for example in options]
+        shared = evaluation.log_likelihoods(model, options).tolist()
+        assert shared == pytest.approx(likelihood, abs=1e-4)
+        expected.append(likelihood.index(max(likelihood)) == q.cop)
+    assert evaluation.choose(model, tokenizer, questions[:40]) == expected
+    assert 0 < sum(expected) < 40
 
 
 def fake_run(path, kind, **arguments):

@@ -27,6 +27,13 @@ def layer_list(text):
     return sorted(int(part) for part in text.split(","))
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to 1")
+    return value
+
+
 MEMORY = {  # columns as in smf.COMMON
     "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
     "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
@@ -45,7 +52,8 @@ FLAGS = smf.COMMON | MEMORY | {
     "lr": (positive, 2e-3, 5e-4, "learning rate of V, keys, query, W1, W2"),
     "scale-lr": (positive, 1e-2, 1e-2, "learning rate of alpha (ours: at --lr it hardly moves)"),
     "warmup": (natural, 20, 100, "steps of linear warm-up"),
-    "query-momentum": (positive, 0.1, 0.1, "pace of the query's running statistics (ours)"),
+    "query-momentum": (share, 0.1, 0.1, "pace of the statistics that normalise the query (ours); "
+                                        "0: no normalisation, and the memories collapse"),
 }
 HELD_OUT = 128  # chats kept from training, for the held-out loss
 COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are in effective use
@@ -137,12 +145,15 @@ def train(model, examples, steps, run, step, checkpoint, args):
         smf.check_finite(loss, norm, step, save)
         optimizer.step()
         optimizer.zero_grad()
+        reads = []  # (usage, KL) of each layer
         for layer, memory in smf.memories(model).items():
-            x, *_ = smf.real_tokens(tapes[layer], masks)
+            x, rows, *_ = smf.real_tokens(tapes[layer], masks)
             memory.track_queries(x, args.query_momentum)
+            reads.append(spread(smf.count_reads(rows, len(memory.values))))
+        usage, kl = ([round(value, 4) for value in part] for part in zip(*reads))
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
-                           "alpha": [round(scale.item(), 4) for scale in scales]},
-                     batch, start, args.device)
+                           "alpha": [round(scale.item(), 4) for scale in scales], "usage": usage,
+                           "KL": kl}, batch, start, args.device)
         if (step + 1) % args.save_every == 0:
             save(step + 1)
 
@@ -173,7 +184,7 @@ def main(argv=None):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, layers {layers}, {steps} steps, {len(examples)} chats -> {run}")
     began = time.time()
-    if step == 0:
+    if step == 0 and args.query_momentum:
         calibrate(model, micro_batches(general[:64], args, "calibrate"))
     if steps and step == 0:
         measure(model, general, held_out, "before", args)
