@@ -4,6 +4,7 @@
     python eval.py RUN_DIR ...                     # these runs
     python eval.py RUN_DIR --split validation      # the split for choosing learning rates
     python eval.py --results results/tiny          # the study: tables, figure, costs, JSON
+    python eval.py --stage-1 stage-1.png RUN_DIR ...   # figure of runs of train_retrofit.py
 
 A run is measured as its config.json says (task, data, sizes) unless a flag says otherwise. The
 figures stay in its eval.json and are read from there the next time. They are, ± standard error
@@ -57,6 +58,7 @@ EVALUATION = {  # columns as in smf.COMMON; the last three of the paper are [Gup
 }
 FLAGS = {"device": smf.COMMON["device"]} | EVALUATION | {
     "results": (Path, None, None, "directory to write a study to: tables, figure, JSON"),
+    "stage-1": (Path, None, None, "file for a figure of the named runs of train_retrofit.py"),
 }
 
 
@@ -393,13 +395,17 @@ def run_settings(run, args):
 TABLE_1 = "Methods, as in Table 1 of [Gupta26]"
 STUDY = {  # title: conditions, as run directories are named without -lr and -seed
     TABLE_1: ("base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf",
-              "additive-kl+s", "additive-tfidf+s", "lora", "full"),
+              "additive-kl+s", "additive-tfidf+s", "additive-kl-fresh", "additive-tfidf-fresh",
+              "additive-kl+s-fresh", "additive-tfidf+s-fresh", "lora", "full"),
     "Which rows": ("base", "additive-tfidf", "additive-kl", "additive-count", "additive-random",
-                   "additive-all"),
+                   "additive-all", "additive-tfidf-fresh", "additive-kl-fresh",
+                   "additive-count-fresh", "additive-random-fresh", "additive-all-fresh"),
     "How many rows": ("base", "additive-tfidf-t50", "additive-tfidf-t100", "additive-tfidf",
-                      "additive-tfidf-t2000", "additive-all"),
-    "Variants": ("base", "additive-retrofit", "replacement-retrofit", "additive-tfidf",
-                 "additive-tfidf-fresh", "additive-tfidf-sgd", "additive-all-sgd"),
+                      "additive-tfidf-t2000", "additive-all", "additive-tfidf-fresh-t100",
+                      "additive-tfidf-fresh", "additive-tfidf-fresh-t2000", "additive-all-fresh"),
+    "Variants": ("base", "additive-fresh", "additive-retrofit", "replacement-retrofit",
+                 "additive-tfidf", "additive-tfidf-fresh", "additive-tfidf-sgd", "additive-all-sgd",
+                 "additive-tfidf-fresh-sgd"),
 }
 
 
@@ -418,8 +424,8 @@ def check_alike(runs, names=None):
 
 def sweeps(runs, task):
     """Runs -> {condition: {learning rate: {seed: run}}}, the condition being the directory's name
-    without task, learning rate and seed. Refused unless every condition that has several rates has
-    as many of them as the others, and the same seeds at each."""
+    without task, learning rate and seed. Refused unless all conditions of several rates have as
+    many of them, and the same seeds at every rate; the rate chosen may have more seeds."""
     found, grids = {}, {}
     for run in runs:
         condition = re.sub(rf"(-{task})?(-lr[\d.e-]+)?-seed\d+$", "", run.name)
@@ -428,12 +434,13 @@ def sweeps(runs, task):
     for condition, sweep in found.items():
         check_alike([run for seeds in sweep.values() for run in seeds.values()])
         if len(sweep) > 1:
-            grids[condition] = [sorted(seeds) for seeds in sweep.values()]
-    for condition, grid in grids.items():
+            grids[condition] = len(sweep), sorted(set.intersection(*map(set, sweep.values())))
+    for condition, (rates, seeds) in grids.items():
         other, expected = next(iter(grids.items()))
-        if grid != expected or any(seeds != grid[0] for seeds in grid):
-            raise smf.Refused(f"--results: {condition} has the seeds {grid} at its learning rates, "
-                              f"{other} {expected}; finish them, or name the runs to compare")
+        if (rates, seeds) != expected or not seeds:
+            raise smf.Refused(f"--results: {condition} has {rates} learning rates with the seeds "
+                              f"{seeds}, {other} {expected[0]} with {expected[1]}; finish them, or "
+                              f"name the runs to compare")
     return found
 
 
@@ -454,11 +461,13 @@ def best_rate(validation):
 
 
 def measured(sweep, args):
-    """One condition's {learning rate: {seed: run}} -> its figures on the validation split, the
-    learning rate chosen, and its figures on the test split, which is read there alone."""
+    """One condition's {learning rate: {seed: run}} -> its figures on the validation split, of the
+    seeds that all rates have, the learning rate chosen by them, and of this rate, all seeds, the
+    figures on the test split, which is read there alone."""
+    seeds = sorted(set.intersection(*map(set, sweep.values())))
     validation, test = (argparse.Namespace(**vars(args) | {"split": split})
                         for split in ("validation", "test"))
-    swept = {lr: {seed: figures(run, validation) for seed, run in sorted(sweep[lr].items())}
+    swept = {lr: {seed: figures(sweep[lr][seed], validation) for seed in seeds}
              for lr in sorted(sweep)}
     chosen = best_rate(swept)
     return {"validation": swept, "chosen": chosen,
@@ -570,10 +579,34 @@ def plot(studied, path):
     pyplot.close(figure)
 
 
+def plot_stage_1(runs, path):
+    """Stage 1 against its steps: the loss, a running mean of ten, and what each batch read, a line
+    for each memory: usage, and KL from uniform (train_retrofit.spread)."""
+    for run in runs:
+        if smf.read_config(run)["kind"] != "retrofit" or len(metrics(run)) < 10:
+            raise smf.Refused(f"--stage-1: {run} is no run of ten steps or more of "
+                              f"train_retrofit.py; name such runs")
+    import matplotlib
+    from matplotlib import pyplot
+    matplotlib.use("Agg")  # no screen
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    for i, run in enumerate(runs):
+        lines = metrics(run)
+        for axis, name in zip(axes, ("loss", "usage", "KL")):
+            values = torch.tensor([line[name] for line in lines])  # (steps,) or (steps, memories)
+            mean = values.unfold(0, 10, 1).mean(-1) if name == "loss" else values
+            drawn = axis.plot(range(len(values) - len(mean), len(values)), mean, color=f"C{i}")
+            drawn[0].set_label(run.name)
+            axis.set(xlabel="step", title=name)
+    axes[2].set_title("KL of the reads from uniform, nats")
+    axes[0].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def study(runs, args):
     """All of it -> tables.md, frontier.png and results.json in the directory --results."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise smf.Refused("--results: the figure, alone, needs matplotlib: pip install matplotlib")
     if args.results.is_file():
         raise smf.Refused(f"--results {args.results}: is a file; name a directory")
     tasks = {run: smf.read_config(run).get("arguments", {}).get("task") for run in runs}
@@ -619,8 +652,13 @@ def main(argv=None):
     if not runs:
         raise smf.Refused(f"out/{args.preset}: no run there; make one with train_sparse.py, or "
                           f"name run directories")
+    if (args.results or args.stage_1) and not importlib.util.find_spec("matplotlib"):
+        raise smf.Refused("--results, --stage-1: figures, alone, need matplotlib: pip install "
+                          "matplotlib")
     if args.results:
         return study(runs, args)
+    if args.stage_1:
+        return plot_stage_1(runs, args.stage_1)
     tables = {}
     for run in sorted(runs, key=lambda run: run_settings(run, args).task):  # a task at a time
         own = run_settings(run, args)

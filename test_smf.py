@@ -1122,10 +1122,16 @@ def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there
     mean = evaluation.average(figures["test"])
     assert mean["target_accuracy"] == pytest.approx((0.6, 0.0))
     assert evaluation.average({0: {"perplexity": (3.0, 0.1)}}) == {"perplexity": (3.0,)}
-    with pytest.raises(smf.Refused, match="lora has the seeds"):
-        evaluation.sweeps(runs[1:], "facts")
+    more = fake_run(tmp_path / "lora-lr0.3-seed2", "lora", lr=0.3, seed=2, epochs=2)
+    found = evaluation.sweeps([*runs, more], "facts")  # another seed, at the rate chosen alone
+    figures = evaluation.measured(found["lora"], smf.parse("", evaluation.FLAGS, []))
+    assert figures["chosen"] == 0.3 and list(figures["test"]) == [0, 1, 2]
+    assert all(list(seeds) == [0, 1] for seeds in figures["validation"].values())
+    assert ("lora-lr0.3-seed2", "validation") not in reads
+    with pytest.raises(smf.Refused, match=r"lora has 3 learning rates with the seeds \[\]"):
+        evaluation.sweeps([runs[0], *runs[3:]], "facts")
     few = [fake_run(tmp_path / f"full-lr{lr}-seed0", "full", lr=lr, seed=0) for lr in (1, 2)]
-    with pytest.raises(smf.Refused, match="full has the seeds"):
+    with pytest.raises(smf.Refused, match="full has 2 learning rates"):
         evaluation.sweeps(runs + few, "facts")
     longer = fake_run(tmp_path / "lora-lr1-seed0", "lora", lr=1.0, seed=0, epochs=9)
     with pytest.raises(smf.Refused, match="epochs is 9"):
@@ -1229,6 +1235,22 @@ def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatc
     assert "no run of full finetuning" in refused(capsys, evaluation.main, *argv)
     (tmp_path / "results").touch()
     assert "is a file" in refused(capsys, evaluation.main, *argv)
+
+
+def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "stage-1.png"
+    run = tmp_path / "retrofit"
+    shutil.copytree(runs / "additive", run)
+    if not importlib.util.find_spec("matplotlib"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for other in (baseline_runs / "lora", run):  # another kind of run; too few steps
+        assert "is no run of ten steps" in refused(capsys, evaluation.main, other,
+                                                   f"--stage-1={path}")
+    pytest.importorskip("matplotlib")
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines * 5)
+    evaluation.main([str(run), f"--stage-1={path}"])
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_people_of_the_tiny_world_do_not_mix():
