@@ -198,7 +198,7 @@ def log_likelihoods(model, examples, size=32):
 
 
 @torch.no_grad()
-def token_losses(model, tokens, window, stride, size=8):
+def token_losses(model, tokens, window, stride, size=2):
     """-log p of every token of a list but the first, each once, in no order [Gupta26 App. C].
 
     The window moves by `stride`, and of each window only the tokens not yet scored count: they see
