@@ -5,6 +5,7 @@
     python eval.py RUN_DIR --split validation      # the split for choosing learning rates
     python eval.py --results results/tiny          # the study: tables, figure, costs, JSON
     python eval.py --stage-1 stage-1.png RUN_DIR ...   # figure of runs of train_retrofit.py
+    python eval.py --preset paper --cost qwen2.5-0.5b  # what a training step takes, random model
 
 A run is measured as its config.json says (task, data, sizes) unless a flag says otherwise. The
 figures stay in its eval.json and are read from there the next time. They are, ± standard error
@@ -23,11 +24,14 @@ import argparse
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import string
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -35,7 +39,7 @@ from typing import NamedTuple
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 import smf
 from smf import natural, whole
@@ -59,6 +63,8 @@ EVALUATION = {  # columns as in smf.COMMON; the last three of the paper are [Gup
 FLAGS = {"device": smf.COMMON["device"]} | EVALUATION | {
     "results": (Path, None, None, "directory to write a study to: tables, figure, JSON"),
     "stage-1": (Path, None, None, "file for a figure of the named runs of train_retrofit.py"),
+    "cost": (str, None, None, "model directory or qwen2.5-0.5b: what a training step of a random "
+                              "model of this shape takes"),
 }
 
 
@@ -641,8 +647,54 @@ def study(runs, args):
     print(text)
 
 
+QWEN = dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+STEPS = {"stage 1": ("train_retrofit", []), "SMF": ("train_sparse", []),
+         "LoRA": ("baselines", ["--method=lora"]), "full": ("baselines", ["--method=full"])}
+
+
+def step_cost(name, shape, flags):
+    """Two steps of a method of STEPS on a random model -> the second's line of metrics.jsonl.
+
+    Every example is --max-length long; stage 1 predicts all of it, the others the last 16 tokens.
+    """
+    module, method = STEPS[name]
+    script = importlib.import_module(module)  # not at the top: it imports this file
+    args = argparse.Namespace(**vars(smf.parse("", script.FLAGS, flags + method)) | {"lr": 1e-4})
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(shape) if smf.local(shape) else Qwen2Config(**QWEN)
+    dtype = getattr(torch, "float32" if name == "full" else args.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(args.device)
+    if name == "LoRA":
+        script.add_lora(model)
+    if name in ("stage 1", "SMF"):
+        importlib.import_module("train_retrofit").add_memories(model, args)
+    if name == "SMF":
+        model.requires_grad_(False)
+    ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
+    examples = [smf.Example(row, 1 if name == "stage 1" else len(row) - 16) for row in ids]
+    with tempfile.TemporaryDirectory() as run:
+        args.micro_batch_size = args.micro_batch_size or args.batch_size
+        script.train(model, examples, 2, Path(run), 0, {}, args)
+        return metrics(Path(run))[-1]
+
+
+def cost(args):
+    """Markdown: speed and peak memory of a step of every method, each in a process of its own."""
+    if args.cost != "qwen2.5-0.5b" and not smf.local(args.cost):
+        raise smf.Refused(f"--cost {args.cost}: is no model directory; name one, or qwen2.5-0.5b")
+    flags, rows = [f"--preset={args.preset}", f"--device={args.device}"], {}
+    for name in STEPS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            line = fresh.submit(step_cost, name, args.cost, flags).result()
+        rows[name] = {"tokens/s": f"{line['tokens/s']:,}", "peak GiB": f"{line['peak_GiB']:.2f}"}
+    return markdown("step", rows)
+
+
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv, positional="runs")
+    if args.cost:
+        return print(cost(args))
     found = sorted(path.parent for path in Path("out", args.preset).glob("*/config.json"))
     runs = [run for run in args.runs or found if smf.finished(run)]
     for run in set(args.runs or found) - set(runs):

@@ -1237,6 +1237,36 @@ def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatc
     assert "is a file" in refused(capsys, evaluation.main, *argv)
 
 
+def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch, capsys):
+    seen = {}
+
+    def spy(script):
+        train = script.train
+
+        def spied(model, examples, steps, run, *rest):
+            train(model, examples, steps, run, *rest)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            seen.setdefault(script.__name__, []).append((trained, len(examples), {
+                (len(example.ids), example.start) for example in examples}))
+        return spied
+
+    for script in (train_retrofit, train_sparse, baselines):
+        monkeypatch.setattr(script, "train", spy(script))
+    flags = ["--preset=tiny", "--device=cpu"]
+    for name in evaluation.STEPS:
+        line = evaluation.step_cost(name, "tiny/model", flags)
+        assert line["step"] == 1 and line["tokens/s"] > 0 and line["peak_GiB"] > 0
+    memory = 3 * (16384 * 64 + 64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64) + 3
+    lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
+    assert seen == {"train_retrofit": [(memory, 16, {(128, 1)})],
+                    "train_sparse": [(0, 16, {(128, 112)})],
+                    "baselines": [(lora, 16, {(128, 112)}), (253_504, 16, {(128, 112)})]}
+    monkeypatch.setattr(evaluation, "STEPS", {"SMF": evaluation.STEPS["SMF"]})
+    evaluation.main(["--cost=tiny/model"])  # in a process of its own
+    assert "| SMF |" in capsys.readouterr().out
+    assert "--cost nothing" in refused(capsys, evaluation.main, "--cost=nothing")
+
+
 def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsys):
     path = tmp_path / "stage-1.png"
     run = tmp_path / "retrofit"

@@ -72,6 +72,16 @@ def general_chats(args):
     return chats
 
 
+def add_memories(model, args):
+    """Retrofit the model as the flags say -> the layers, the shape of a memory."""
+    shape = {"n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim, "top_k": args.top_k}
+    depth = len(smf.decoder_blocks(model))
+    layers = args.layers or [depth // 4, depth // 2, 3 * depth // 4]  # [Gupta26]: 6, 12, 18 of 24
+    torch.manual_seed(args.seed)
+    smf.retrofit(model, layers, args.mode, args.scale, **shape)
+    return layers, shape
+
+
 def micro_batches(examples, args, label):
     """Collated batches of --micro-batch-size examples, under a progress bar."""
     for i in tqdm(range(0, len(examples), args.micro_batch_size), desc=label, leave=False):
@@ -162,11 +172,7 @@ def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
     run = smf.run_directory(args, f"{args.mode}-{'fresh' if args.steps == 0 else 'retrofit'}")
     model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
-    shape = {"n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim, "top_k": args.top_k}
-    depth = len(smf.decoder_blocks(model))
-    layers = args.layers or [depth // 4, depth // 2, 3 * depth // 4]  # [Gupta26]: 6, 12, 18 of 24
-    torch.manual_seed(args.seed)
-    smf.retrofit(model, layers, args.mode, args.scale, **shape)
+    layers, shape = add_memories(model, args)
     chats = general_chats(args)[:HELD_OUT + max(args.examples, args.background)]
     examples = [smf.encode(tokenizer, *chat, args.max_length)
                 for chat in tqdm(chats, desc="tokenize", leave=False)]
