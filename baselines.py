@@ -9,13 +9,11 @@ metrics.jsonl, eval.json, and lora.safetensors or, of full finetuning, a Hugging
 model/. smf.load merges LoRA into the weights. [Hu21]: arXiv 2106.09685, LoRA.
 """
 
-import os
 import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import eval as evaluation
 import smf
@@ -81,13 +79,10 @@ def train(model, examples, steps, run, step, checkpoint, args):
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=mixed)
 
     def save(step):
-        state = smf.adamw_state(optimizer, trained) | {"step": torch.tensor(step)}
-        smf.write_tensors(run / "checkpoint.safetensors", state | trained)
+        smf.save_checkpoint(run, step, smf.adamw_state(optimizer, trained) | trained)
 
-    stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
-    bar = tqdm(range(step, steps), desc=args.method, initial=step, total=steps)
-    for step, batch in zip(bar, stream):
-        start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
+    for step, batch, factor in smf.training(examples, steps, step, save, args, args.method):
+        start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = factor * args.lr
         torch.manual_seed(1_000_003 * args.seed + step)  # dropout: a function of seed and step
         with autocast:
@@ -98,8 +93,6 @@ def train(model, examples, steps, run, step, checkpoint, args):
         optimizer.zero_grad()
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm},
                      batch, start, args.device)
-        if (step + 1) % args.save_every == 0:
-            save(step + 1)
 
 
 def save_run(model, tokenizer, run, method):
@@ -109,9 +102,8 @@ def save_run(model, tokenizer, run, method):
                     if p.requires_grad}
         smf.write_tensors(run / "lora.safetensors", adapters)
     else:
-        for part in (model, tokenizer):
-            part.save_pretrained(run / "model.tmp")
-        os.replace(run / "model.tmp", run / "model")
+        smf.write_atomic(run / "model", lambda directory: [
+            part.save_pretrained(directory) for part in (model, tokenizer)])
 
 
 def main(argv=None):
@@ -121,13 +113,15 @@ def main(argv=None):
     data = evaluation.read_data(args)
     full = args.method == "full"
     model, tokenizer = smf.load_base(args.model, "float32" if full else args.dtype, args.device)
+    base = smf.base_fingerprint(model)
     torch.manual_seed(args.seed)
     if full:
         model.requires_grad_(True)
     else:
         add_lora(model)
-    examples, steps = train_sparse.prepare(tokenizer, data, args)
-    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype}
+    examples, steps = train_sparse.prepare(model, tokenizer, data, args)
+    config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype,
+              "fingerprint": base}
     if not full:  # dropout draws its masks a micro-batch at a time
         config |= {"lora_scale": ALPHA / R, "micro_batch": args.micro_batch_size}
     evaluation.base_run(run.parent, config)

@@ -89,16 +89,21 @@ class Data(NamedTuple):
     text: str  # general text, for the perplexity
 
 
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
 def trivia_questions(flag, name, split):
     """Rows in TriviaQA's layout -> [(question_id, Question)]."""
     questions = []
     for row in smf.read_rows(flag, name, split, ("question", "question_id", "answer")):
         answer = row["answer"] if isinstance(row["answer"], dict) else {}
-        if not row["question"] or not str(answer.get("value") or "").strip():
+        if not is_text(row["question"]) or not is_text(answer.get("value")):
             raise smf.Refused(f"{flag} {name}: question {row['question_id']} has no text or no "
                               f"answer.value; give both, or remove the row")
-        aliases = answer.get("aliases") or [answer["value"]]
-        questions.append((row["question_id"], Question(row["question"], answer["value"], aliases)))
+        aliases = [alias for alias in answer.get("aliases") or [] if is_text(alias)]
+        questions.append((row["question_id"], Question(row["question"], answer["value"],
+                                                       aliases or [answer["value"]])))
     return questions
 
 
@@ -137,7 +142,11 @@ def medmcqa(args):
         asked = smf.read_rows("--medmcqa-data", args.medmcqa_data, "validation", columns)
 
     def question(row):
-        if row["cop"] not in range(4):
+        texts = [row[name] for name in columns[:5]]
+        if not all(isinstance(text, str) for text in texts) or not is_text(texts[0]):
+            raise smf.Refused(f"--medmcqa-data {args.medmcqa_data}: {texts}: a question and four "
+                              f"options are text; mend the row, or remove it")
+        if not isinstance(row["cop"], int) or row["cop"] not in range(4):
             raise smf.Refused(f"--medmcqa-data {args.medmcqa_data}: cop is {row['cop']}; the index "
                               f"of the right option is 0, 1, 2 or 3")
         options = [f"{label}. {row[name]}" for label, name in zip("ABCD", columns[1:])]
@@ -157,7 +166,7 @@ def read_data(args):
         raise smf.Refused(f"--trivia-data {args.trivia_data}: has no question that is not taught; "
                           f"lower --num-facts")
     rows = smf.read_rows("--wikitext-data", args.wikitext_data, "test", ("text",))
-    text = "\n\n".join(text or "" for text in rows["text"])
+    text = "\n\n".join(text if isinstance(text, str) else "" for text in rows["text"])
     if not text.strip() or args.eval_tokens == 1:
         raise smf.Refused(f"--wikitext-data {args.wikitext_data}, --eval-tokens "
                           f"{args.eval_tokens}: no token to predict; give more text")
@@ -223,11 +232,12 @@ def token_losses(model, tokens, window, stride, size=2):
 @torch.no_grad()
 def answers(model, tokenizer, prompts, max_new_tokens=32, size=64):
     """Greedy continuations of the prompts, as text, in the order given."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id  # masked, and known to the model; not all tokenizers have a pad
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
                               eos_token_id=tokenizer.eos_token_id)
     own, model.generation_config = model.generation_config, greedy  # or its penalties would apply
-    examples = [smf.Example(smf.prompt_ids(tokenizer, prompt)[0], 0) for prompt in prompts]
+    room = smf.context(model) - max_new_tokens
+    examples = [smf.Example(smf.prompt_ids(tokenizer, prompt)[0][-room:], 0) for prompt in prompts]
     texts = [""] * len(prompts)
     try:
         for indices, batch in batches(examples, size, "answers"):
@@ -263,7 +273,8 @@ def mean(values):
 def ask(model, tokenizer, questions):
     """-> whether each is answered, mean log-likelihood of each answer."""
     texts = answers(model, tokenizer, [q.prompt for q in questions])
-    examples = [smf.encode(tokenizer, q.prompt, q.answer, end=False) for q in questions]
+    examples = [smf.fit(smf.encode(tokenizer, q.prompt, q.answer, end=False), smf.context(model))
+                for q in questions]
     right = [answered(text, q.aliases) for text, q in zip(texts, questions)]
     return right, log_likelihoods(model, examples)
 
@@ -272,7 +283,8 @@ def choose(model, tokenizer, questions):
     """-> whether the right option has the highest mean log-likelihood, for each question."""
     right = []
     for q in tqdm(questions, desc="options", leave=False):
-        options = [smf.encode(tokenizer, q.prompt, option, end=False) for option in q.options]
+        options = [smf.fit(smf.encode(tokenizer, q.prompt, option, end=False), smf.context(model))
+                   for option in q.options]
         right.append(log_likelihoods(model, options).argmax().item() == q.cop)
     return right
 
@@ -285,6 +297,9 @@ def settings(args):
 
 def evaluate(model, tokenizer, data, args):
     """All measures of a model, as eval.json holds them."""
+    if args.window > smf.context(model):
+        raise smf.Refused(f"--window {args.window}: the model sees {smf.context(model)} tokens at "
+                          f"most; give no more")
     result = {"settings": settings(args)}
     if args.task == "facts":
         right, likelihood = ask(model, tokenizer, data.target)
@@ -316,7 +331,8 @@ COLUMNS = {"target": ("target_accuracy", 3), "target LL": ("target_log_likelihoo
 
 def base_run(directory, config):
     """directory/base: a run that is the pretrained model as it came; written if missing."""
-    run, base = directory / "base", {"kind": "base"} | {n: config[n] for n in ("model", "dtype")}
+    run, base = directory / "base", {"kind": "base"} | {
+        name: config[name] for name in ("model", "dtype", "fingerprint")}
     old = smf.read_json(run / "config.json") if (run / "config.json").exists() else {}
     if run.exists() and any(run.iterdir()) and old.get("kind") != "base":
         raise smf.Refused(f"--out: {run} is not the base of these runs; write to another directory")
@@ -331,7 +347,9 @@ def base_run(directory, config):
 def origin(run):
     """The run that this one started from: a sparse run's retrofit, else the base beside it."""
     config = smf.read_config(run)
-    return Path(config["retrofit"]) if config["kind"] == "sparse" else base_run(run.parent, config)
+    if config["kind"] == "sparse":
+        return Path(os.path.normpath(run / config["retrofit"]))
+    return base_run(run.parent, config)
 
 
 def evaluated(run, args, data=None):

@@ -22,11 +22,13 @@ Read it top to bottom: 1 the memory, 2 putting it into a model, 3 counting reads
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -397,13 +399,35 @@ class RowOptimizer:
 # 6. Saving and loading: safetensors and JSON only; a file appears whole or not at all
 
 
+def sync(path):
+    """Have the disk keep a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def write_atomic(path, write):
-    """Call write(temporary path) and rename: a reader sees the old file or the new, never half."""
+    """Call write(temporary path), then rename: whatever happens, path is the old file or the new.
+
+    path: a file or a flat directory. Raises Refused, the old one intact, if the disk is full.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+            sync(file)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        remove(temporary)
+        raise Refused(f"{path}: cannot be written ({error}); what was there before is as it was. "
+                      f"Make room, then --resume") from None
 
 
 def write_json(path, value):
@@ -449,13 +473,49 @@ def load_memory(model, tensors, source):
         tensor.copy_(saved[name])
 
 
+@torch.no_grad()
+def load_rows(model, tensors, source):
+    """Put what a sparse run learned into its retrofit: the rows it touched, alphas if trained.
+
+    tensors: of each layer rows (r,), values (r, D) and perhaps scale (). All other rows stay.
+    """
+    for layer, wrapper in wrappers(model).items():
+        table, scale = wrapper.memory.values, getattr(wrapper, "scale", None)
+        rows, values = (tensors.get(f"{layer}.{part}", torch.tensor(0.0))
+                        for part in ("rows", "values"))
+        fits = rows.dtype == torch.int64 and values.shape == (rows.numel(), table.shape[1])
+        if not fits or not torch.isin(rows, torch.arange(len(table))).all():
+            raise Refused(f"{source}: its rows do not fit the retrofit that its config.json names")
+        table[rows.to(table.device)] = values.to(table.device)
+        if f"{layer}.scale" in tensors:
+            scale.copy_(tensors[f"{layer}.scale"])
+
+
+def fingerprint(tensors):
+    """SHA-256 of {name: tensor}, to know a retrofit again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_fingerprint(model):
+    """The same of a pretrained model, its weights in bfloat16: any --dtype gives the same."""
+    return fingerprint({name: p.bfloat16() for name, p in model.named_parameters()})
+
+
 def load_base(name, dtype="float32", device="cpu"):
-    """A pretrained model, frozen, and its tokenizer, from a directory or the hub."""
-    path = find("--model", name, "model")
+    """A pretrained model, frozen, and its tokenizer, from a directory or the hub: safetensors and
+    JSON, no code and no pickle of strangers."""
+    path, safe = find("--model", name, "model"), {"trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype),
+                                                     use_safetensors=True, **safe)
+        if not tokenizer("Who?")["input_ids"]:
+            raise ValueError("its tokenizer knows no word")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(f"--model {name}: cannot be loaded ({error}); name a directory "
                       f"or hub name of a Hugging Face causal language model") from None
     return model.to(device).requires_grad_(False).eval(), tokenizer
@@ -470,11 +530,11 @@ def read_config(run_dir):
     """config.json of a run; Refused unless it has all that load needs."""
     path = Path(run_dir, "config.json")
     config = read_json(path)
-    needed = {"kind": str, "model": str, "dtype": str}
-    if config.get("kind") in ("retrofit", "sparse"):
-        needed |= {"layers": list, "mode": str, "memory": dict}
-    if config.get("kind") == "lora":
-        needed |= {"lora_scale": float}
+    needed = {"kind": str, "model": str, "dtype": str, "fingerprint": str}
+    needed |= {"retrofit": {"layers": list, "mode": str, "memory": dict},
+               "sparse": {"layers": list, "mode": str, "memory": dict, "retrofit": str,
+                          "retrofit_fingerprint": str},
+               "lora": {"lora_scale": float}}.get(config.get("kind"), {})
     if config.get("kind") not in WEIGHTS:
         raise Refused(f"{path}: is of no run of this project; name one")
     for name, kind in needed.items():
@@ -505,20 +565,37 @@ def merge_lora(model, tensors, scale, source):
 
 
 def load(run_dir, device="cpu"):
-    """A finished run from its directory alone -> (model, tokenizer), ready for model.generate.
+    """A finished run from its directory -> (model, tokenizer), ready for model.generate.
 
-    A base that was trained, by full finetuning or merged LoRA, stays float32, as it was trained.
+    Needs the base model that config.json names and, for a sparse run, the retrofit. A base that was
+    trained, by full finetuning or merged LoRA, stays float32, as it was trained. Raises Refused if
+    anything is missing, another than it was, does not fit or is not finite.
     """
     config = read_config(run_dir)
     kind, path = config["kind"], Path(run_dir, WEIGHTS[config["kind"]])
-    name = str(path.resolve()) if kind == "full" else config["model"]
-    dtype = "float32" if kind in ("lora", "full") else config["dtype"]
-    model, tokenizer = load_base(name, dtype, device)
-    if kind in ("retrofit", "sparse"):
+    if kind == "sparse":
+        start = Path(os.path.normpath(Path(run_dir, config["retrofit"])))
+        if not finished(start) or fingerprint(
+                read_tensors(start / WEIGHTS["retrofit"])) != config["retrofit_fingerprint"]:
+            raise Refused(f"{run_dir}: the retrofit {start} is missing or another than that which "
+                          f"this run started from; restore it, or make the run again")
+        model, tokenizer = load(start, device)
+        load_rows(model, read_tensors(path), path)
+    else:
+        full = kind == "full"
+        name = str(path.resolve()) if full else config["model"]
+        dtype = "float32" if kind in ("lora", "full") else config["dtype"]
+        model, tokenizer = load_base(name, dtype, device)
+        if not full and base_fingerprint(model) != config["fingerprint"]:
+            raise Refused(f"{run_dir}: {name} is not the model that this run was made of; restore "
+                          f"it, or make the run again")
+    if kind == "retrofit":
         retrofit(model, config["layers"], config["mode"], **config["memory"])
         load_memory(model, read_tensors(path), path)
     if kind == "lora":
         merge_lora(model, read_tensors(path), config["lora_scale"], path)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise Refused(f"{path}: not all of its numbers are finite; make this run again")
     return model.requires_grad_(False), tokenizer
 
 
@@ -547,7 +624,7 @@ natural, whole, positive = above(-1), above(0), above(0, float)
 # paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there.
 COMMON = {
     "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
-    "max-length": (whole, 128, 1024, "tokens of an example; prompts lose their beginning first"),
+    "max-length": (above(1), 128, 1024, "tokens of an example; prompts lose their beginning first"),
     "batch-size": (whole, 16, 16, "examples of an optimizer step"),
     "micro-batch-size": (whole, None, 4, "examples run at once; changes only LoRA's dropout"),
     "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
@@ -602,10 +679,11 @@ def script(main):
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         main()
     except KeyboardInterrupt:
-        tqdm.write("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("stopped; the same command with --resume goes on where it was", file=sys.stderr)
         sys.exit(130)
     except Refused as error:
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
@@ -620,7 +698,7 @@ def run_directory(args, condition):
              if name in args.unusual]
     condition = "".join([condition, *names, f"-seed{args.seed}"])
     run = args.out or Path("out", args.preset, condition)
-    used = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    used = run.exists() and (not run.is_dir() or any(f.suffix != ".tmp" for f in run.iterdir()))
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     if used and (config.get("kind") not in WEIGHTS or "arguments" not in config):
         raise Refused(f"--out {run}: exists and is no run of this project; name another directory")
@@ -654,13 +732,19 @@ def begin_run(run, args, config):
             step = int(tensors["step"])
     else:
         run.mkdir(parents=True, exist_ok=True)
-        for path in map(run.joinpath, RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in RUN_FILES - {"config.json"}:  # that is replaced: the run stays a run
+            remove(run / name)
         write_json(run / "config.json", config)
     if not finished(run):  # drop the lines after the checkpoint
         lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
         write_atomic(metrics, lambda temporary: temporary.write_text("".join(lines)))
     return step, tensors
+
+
+def save_checkpoint(run, step, tensors):
+    """The state after `step` steps; the lines of metrics.jsonl before it are on the disk first."""
+    sync(run / "metrics.jsonl")
+    write_tensors(run / "checkpoint.safetensors", tensors | {"step": torch.tensor(step)})
 
 
 def log_step(run, metrics, batch, start, device):
@@ -688,6 +772,33 @@ def check_finite(loss, norm, step, save):
         save(step)
         raise Refused(f"--lr: at step {step} the loss is {loss} and the gradient norm {norm}; the "
                       f"state before it is saved. Begin again with a lower --lr and --overwrite")
+
+
+def training(examples, steps, step, save, args, label):
+    """Every step of a training loop, from `step` on: yields step, batch, learning rate's factor.
+
+    When the loop comes back, save(steps done) is called each --save-every steps, and at Ctrl-C or
+    SIGTERM, which end the script then; a second one ends it at once.
+    """
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        bar = tqdm(range(step, steps), desc=label, initial=step, total=steps)
+        for step, batch in zip(bar, batch_stream(examples, args.batch_size, args.seed, step)):
+            yield step, batch, learning_rate(step, steps, args.warmup)
+            if asked or (step + 1) % args.save_every == 0:
+                save(step + 1)
+            if asked:
+                raise KeyboardInterrupt
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def adamw_state(optimizer, trained):
@@ -779,17 +890,39 @@ def prompt_ids(tokenizer, prompt):
     return ids, "" if text[-1].isspace() else " "
 
 
-def encode(tokenizer, prompt, answer, max_length=sys.maxsize, end=True):
-    """-> Example of at most max_length tokens: the prompt loses its beginning, then the answer its
-    end. end: whether the end token follows, as in training, or not, as in scoring."""
+def encode(tokenizer, prompt, answer, end=True):
+    """-> Example. end: whether the end token follows, as in training, or not, as in scoring."""
     prompt, space = prompt_ids(tokenizer, prompt)
     ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
-    ids = (ids + [tokenizer.eos_token_id] * end)[:max_length - 1]
-    prompt = prompt[-(max_length - len(ids)):]
     if not answer.strip() or not ids:
-        raise Refused(f"--max-length {max_length}: no token of the answer {answer!r} is left to "
-                      f"learn; raise it, and remove empty answers from the data")
-    return Example(prompt + ids, len(prompt))
+        raise Refused(f"the answer {answer!r} has no token to learn; remove it from the data")
+    return Example(prompt + ids + [tokenizer.eos_token_id] * end, len(prompt))
+
+
+def fit(example, length):
+    """At most `length` tokens of an Example: its prompt loses its beginning, then the answer its
+    end."""
+    ids, start = example
+    answer = ids[start:start + length - 1]
+    prompt = ids[:start][-(length - len(answer)):]
+    return Example(prompt + answer, len(prompt))
+
+
+def context(model):
+    """How many tokens the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+def encode_all(model, tokenizer, pairs, max_length):
+    """[(prompt, answer)] -> Examples to train on, of at most max_length tokens; says how many are
+    cut."""
+    length = min(max_length, context(model))
+    examples = [encode(tokenizer, *pair) for pair in tqdm(pairs, desc="tokenize", leave=False)]
+    long = sum(len(ids) > length for ids, _ in examples)
+    if long:
+        print(f"{long} of {len(examples)} examples are longer than {length} tokens: their prompts "
+              f"lose the beginning (--max-length)")
+    return [fit(example, length) for example in examples]
 
 
 def collate(examples, device="cpu", length=0):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -429,13 +430,13 @@ def runs(tmp_path_factory):
 
 
 def sparse(runs, out, *flags, mode="additive"):
-    """Run train_sparse.py without its evaluation -> the tensors of its memory.safetensors."""
+    """Run train_sparse.py without its evaluation -> the tensors of its model's memories."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate", lambda *_: {"knowledge_right": []})
         train_sparse.main(
             [f"--retrofit={runs / mode}", f"--mode={mode}", f"--out={out}", *QUICK, *flags]
         )
-    return smf.read_tensors(Path(out) / "memory.safetensors")
+    return smf.memory_state(smf.load(out)[0])
 
 
 def metrics(run):
@@ -552,6 +553,147 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(runs, tmp_pat
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
+def same_run(one, other, name="memory.safetensors"):
+    """Whether two runs ended alike: weights to the last bit, and the lines of metrics.jsonl."""
+    ended, expected = (smf.read_tensors(run / name) for run in (one, other))
+    assert metrics(one) == metrics(other)
+    assert ended.keys() == expected.keys()
+    return all(torch.equal(ended[key], expected[key]) for key in ended)
+
+
+# A process that imports everything once and then runs a script in children that it kills: after a
+# random time, or as they sync one of the files of a save, until enough have died; the last ends.
+KILLER = """
+import os, random, signal, sys, time
+import torch
+import baselines, smf, train_retrofit, train_sparse
+import eval as evaluation
+
+script, wanted, seed, *argv = sys.argv[1:]
+torch.set_num_threads(1)
+random.seed(int(seed))
+evaluation.report = lambda *_: "done"
+main = {"sparse": train_sparse, "retrofit": train_retrofit, "baselines": baselines}[script].main
+died, longest = 0, 1.0
+while True:
+    at = random.randrange(12) if random.random() < 0.5 else None  # which sync
+    began = time.time()
+    child = os.fork()
+    if not child:
+        if at is not None and died < int(wanted):
+            sync, calls = smf.sync, []
+            def dying(path):
+                if len(calls) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls.append(sync(path))
+            smf.sync = dying
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            smf.script(lambda: main([*argv, "--resume"]))
+            os._exit(0)
+        except SystemExit as stop:
+            os._exit(stop.code)
+    if at is None and died < int(wanted):
+        time.sleep(random.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        assert status == 0, status
+        if died >= int(wanted):
+            break
+        os.execv(sys.executable, [])  # ended too early: the test is wrong
+    longest, died = max(longest, 1.2 * (time.time() - began)), died + 1
+print(died)
+"""
+
+
+@pytest.mark.parametrize("script, kills, flags", [
+    ("sparse", 12, ["--scorer=tfidf", "--train-scale", "--steps=24", *QUICK[:3]]),
+    ("retrofit", 8, ["--steps=16", "--examples=64", "--background=40", *SMALL]),
+    ("baselines", 8, ["--method=lora", "--steps=16", *QUICK[:3]])])
+def test_a_run_killed_anywhere_resumes_to_the_same_end(runs, tmp_path, script, kills, flags):
+    flags = [*flags, "--save-every=1", "--batch-size=4"]
+    flags += [f"--retrofit={runs / 'additive'}"] * (script == "sparse")
+    for name, number in (("whole", 0), ("cut", kills)):
+        done = subprocess.run([sys.executable, "-c", KILLER, script, str(number), "1", *flags,
+                               f"--out={tmp_path / name}"], cwd=ROOT, capture_output=True,
+                              text=True)
+        assert done.returncode == 0 and int(done.stdout) == number, done.stderr
+    weights = "lora.safetensors" if script == "baselines" else "memory.safetensors"
+    assert same_run(tmp_path / "cut", tmp_path / "whole", weights)
+    assert not list(tmp_path.glob("*/checkpoint.safetensors"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_first(runs, tmp_path, monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    sparse(runs, tmp_path / "whole")
+    log_step = smf.log_step
+
+    def interrupted(run, line, *rest):
+        log_step(run, line, *rest)
+        if line["step"] == 2:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(smf, "log_step", interrupted)
+        smf.script(lambda: sparse(runs, tmp_path / "cut"))
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+    assert smf.read_tensors(tmp_path / "cut/checkpoint.safetensors")["step"] == 3
+    signal.signal(signal.SIGTERM, before if number == signal.SIGTERM else signal.SIG_DFL)
+    sparse(runs, tmp_path / "cut", "--resume")
+    assert same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(runs, tmp_path, monkeypatch):
+    sparse(runs, tmp_path / "whole")
+    save_file, saves = smf.save_file, []
+
+    def full(tensors, path):
+        saves.append(path)
+        if len(saves) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch, pytest.raises(smf.Refused, match="No space left"):
+        patch.setattr(smf, "save_file", full)
+        sparse(runs, tmp_path / "cut", "--save-every=1")
+    assert smf.read_tensors(tmp_path / "cut/checkpoint.safetensors")["step"] == 2
+    assert not list((tmp_path / "cut").glob("*.tmp"))
+    sparse(runs, tmp_path / "cut", "--save-every=1", "--resume")
+    assert same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_sparse_run_is_the_rows_it_touched(runs, tmp_path):
+    """Put on the retrofit, they give the model as it was trained; left out, the retrofit."""
+    ended = {}
+    with pytest.MonkeyPatch.context() as patch:
+        train = train_sparse.train
+
+        def spied(model, *rest):
+            learned = train(model, *rest)
+            ended.update({name: t.clone() for name, t in smf.memory_state(model).items()})
+            return learned
+
+        patch.setattr(train_sparse, "train", spied)
+        loaded = sparse(runs, tmp_path / "run", "--train-scale", "--top-t=9")
+    before = smf.memory_state(smf.load(runs / "additive")[0])
+    assert loaded.keys() == before.keys()
+    assert all(torch.equal(loaded[name], ended[name]) for name in ended)
+    stored, touched = smf.read_tensors(tmp_path / "run/memory.safetensors"), set()
+    assert stored.keys() == {f"{layer}.{part}" for layer in (1, 2, 3)
+                             for part in ("rows", "values", "scale")}
+    for layer in (1, 2, 3):
+        rows, name = stored[f"{layer}.rows"], f"{layer}.memory.values"
+        assert 9 <= len(rows) <= 6 * 9 and (rows.diff() > 0).all()
+        moved = (loaded[name] != before[name]).any(1).nonzero().squeeze(-1)
+        assert set(moved.tolist()) <= set(rows.tolist()) and len(moved) > 9
+        touched |= {name, f"{layer}.scale"}
+    assert {name for name in ended if not torch.equal(ended[name], before[name])} == touched
+    assert smf.memory_state(smf.load(runs / "additive")[0]).keys() == before.keys()
+
+
 class Killed(BaseException):
     pass
 
@@ -651,7 +793,8 @@ def test_stage_1_logs_what_each_batch_reads(runs, tmp_path):
     torch.manual_seed(7)
     shape = {name: getattr(args, name) for name in ("n_keys", "heads", "k_dim", "top_k")}
     smf.retrofit(model, [1, 2, 3], scale=args.scale, **shape)
-    chats = [smf.encode(tokenizer, *chat, 128) for chat in train_retrofit.general_chats(args)]
+    pairs = train_retrofit.general_chats(args)
+    chats = [smf.fit(smf.encode(tokenizer, *pair), 128) for pair in pairs]
     general, data = chats[128:168], chats[128:192]
     train_retrofit.calibrate(model, [smf.collate(general)])
     counts = [torch.zeros(shape["n_keys"] ** 2) for _ in range(3)]
@@ -866,7 +1009,7 @@ def test_a_baseline_is_a_plain_adamw_loop(baseline_runs, method):
     """The library's own loss, the whole batch at once, AdamW without weight decay, clipping."""
     model, tokenizer = smf.load_base("tiny/model")
     args = smf.parse("", baselines.FLAGS, [f"--method={method}", *QUICK])
-    data, _ = train_sparse.prepare(tokenizer, evaluation.read_data(args), args)
+    data, _ = train_sparse.prepare(model, tokenizer, evaluation.read_data(args), args)
     torch.manual_seed(0)
     model = baselines.add_lora(model) if method == "lora" else model.requires_grad_(True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -1059,7 +1202,8 @@ def test_multiple_choice_equals_one_option_at_a_time():
 
 def fake_run(path, kind, **arguments):
     path.mkdir(parents=True)
-    config = {"kind": kind, "model": "tiny/model", "dtype": "float32", "lora_scale": 2.0}
+    config = {"kind": kind, "model": "tiny/model", "dtype": "float32", "lora_scale": 2.0,
+              "fingerprint": ""}
     smf.write_json(path / "config.json", config | ({"arguments": arguments} if arguments else {}))
     (path / smf.WEIGHTS[kind]).touch()
     return path
@@ -1165,7 +1309,9 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
         return {"settings": evaluation.settings(args), "calls": len(calls)}
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    run = evaluation.base_run(tmp_path, {"model": "tiny/model", "dtype": "float32"})
+    base = smf.base_fingerprint(smf.load_base("tiny/model")[0])
+    run = evaluation.base_run(
+        tmp_path, {"model": "tiny/model", "dtype": "float32", "fingerprint": base})
 
     def read(*flags):
         return evaluation.evaluated(run, smf.parse("", evaluation.FLAGS, flags), "data")["calls"]
@@ -1359,16 +1505,22 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     assert from_start != [batch for batch, _ in zip(smf.batch_stream(data, 16, seed=4), range(12))]
 
 
-def test_encode_keeps_the_answer():
-    _, tokenizer = smf.load_base("tiny/model")
+def test_an_example_too_long_keeps_its_answer(capsys):
+    model, tokenizer = smf.load_base("tiny/model")
     prompt, answer = "Where was Bamin born? " * 20, "violin piano flute"
-    ids, start = smf.encode(tokenizer, prompt, answer, max_length=9)
+    whole = smf.encode(tokenizer, prompt, answer)
+    ids, start = smf.fit(whole, 9)
     assert len(ids) == 9 and tokenizer.decode(ids[start:]) == " " + answer + "<|end|>"
     assert ids[start - 1 : start] == smf.prompt_ids(tokenizer, prompt)[0][-1:]
-    with pytest.raises(smf.Refused):
-        smf.encode(tokenizer, prompt, answer, max_length=1)
+    assert smf.fit(whole, 3) == (whole.ids[whole.start - 1 : whole.start + 2], 1)
+    assert smf.fit(whole, len(whole.ids)) == whole
     scored = smf.encode(tokenizer, prompt, answer, end=False)
     assert scored.ids[scored.start :] + [tokenizer.eos_token_id] == ids[start:]
+    cut = smf.encode_all(model, tokenizer, [(prompt, answer), ("Who?", answer)], 40)
+    assert [len(ids) for ids, _ in cut] == [40, len(smf.encode(tokenizer, "Who?", answer).ids)]
+    assert "1 of 2 examples are longer than 40 tokens" in capsys.readouterr().out
+    model.config.max_position_embeddings = 20
+    assert len(smf.encode_all(model, tokenizer, [(prompt, answer)], 40)[0].ids) == 20
 
 
 def test_facts_are_asked_in_wordings_that_were_not_trained():
@@ -1587,66 +1739,209 @@ def test_an_existing_run_is_not_overwritten(runs, tmp_path, capsys):
     )
 
 
-def broken_run(runs, path, change):
-    path.mkdir()
-    config, tensors = (
-        smf.read_json(runs / "additive/config.json"),
-        smf.read_tensors(runs / "additive/memory.safetensors"),
-    )
-    change(config, tensors)
-    smf.write_json(path / "config.json", config)
-    smf.write_tensors(path / "memory.safetensors", tensors)
+def rewrite(path, change):
+    """Load a JSON or safetensors file, change it in place, write it back."""
+    read, write = ((smf.read_json, smf.write_json) if path.suffix == ".json" else
+                   (smf.read_tensors, smf.write_tensors))
+    value = read(path)
+    change(value)
+    write(path, value)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle(path):
+    torch.save({"1.memory.values": torch.zeros(3)}, path)
+
+
+BROKEN = [  # kind of run, its file, what happens to it, what the refusal says
+    ("retrofit", "config.json", lambda c: c["memory"].update(n_keys=16), "do not fit"),
+    ("retrofit", "config.json", lambda c: c.update(layers=[0, 1, 2]), "do not fit"),
+    ("retrofit", "config.json", lambda c: c.update(layers=[0, 1, 99]), "--layers"),
+    ("retrofit", "config.json", lambda c: c.update(layers="1"), "layers"),
+    ("retrofit", "config.json", lambda c: c.update(mode="sideways"), "--mode"),
+    ("retrofit", "config.json", lambda c: c.pop("memory"), "memory"),
+    ("retrofit", "config.json", lambda c: c.pop("fingerprint"), "fingerprint"),
+    ("retrofit", "config.json", lambda c: c.update(fingerprint="0"), "is not the model"),
+    ("retrofit", "config.json", lambda c: c.update(model="../../../etc"), "cannot be loaded"),
+    ("retrofit", "config.json", lambda c: c.update(kind="pickle"), "no run"),
+    ("retrofit", "config.json", truncate, "cannot be read"),
+    ("retrofit", "memory.safetensors", lambda t: t.pop("1.memory.values"), "do not fit"),
+    ("retrofit", "memory.safetensors", lambda t: t["1.memory.values"][3].fill_(math.nan), "finite"),
+    ("retrofit", "memory.safetensors", lambda t: t["2.scale"].fill_(math.inf), "finite"),
+    ("retrofit", "memory.safetensors", truncate, "cannot be read"),
+    ("retrofit", "memory.safetensors", pickle, "cannot be read"),
+    ("sparse", "config.json", lambda c: c.update(retrofit="../../nowhere"), "missing or another"),
+    ("sparse", "config.json", lambda c: c.pop("retrofit"), "retrofit"),
+    ("sparse", "config.json", lambda c: c.update(retrofit_fingerprint="0"), "missing or another"),
+    ("sparse", "memory.safetensors", lambda t: t["1.rows"][-1].fill_(1024), "do not fit"),
+    ("sparse", "memory.safetensors", lambda t: t["1.rows"][0].fill_(-1), "do not fit"),
+    ("sparse", "memory.safetensors", lambda t: t.pop("3.values"), "do not fit"),
+    ("sparse", "memory.safetensors", lambda t: t.update({"1.rows": t["1.rows"][1:]}), "do not fit"),
+    ("sparse", "memory.safetensors", lambda t: t["2.values"][0].fill_(math.nan), "finite"),
+    ("sparse", "memory.safetensors", truncate, "cannot be read"),
+    ("lora", "lora.safetensors", lambda t: t.popitem(), "do not fit"),
+    ("lora", "lora.safetensors", lambda t: next(iter(t.values())).fill_(math.nan), "finite"),
+    ("lora", "lora.safetensors", truncate, "cannot be read"),
+    ("lora", "config.json", lambda c: c.update(lora_scale="2"), "lora_scale"),
+    ("full", "model/model.safetensors", truncate, "cannot be loaded"),
+    ("full", "model/config.json", lambda c: c.update(model_type="unheard"), "cannot be loaded"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished_runs(runs, baseline_runs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished")
+    shutil.copytree(runs / "additive", path / "retrofit")
+    for method in ("lora", "full"):
+        shutil.copytree(baseline_runs / method, path / method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *_: {"knowledge_right": []})
+        train_sparse.main([f"--retrofit={path / 'retrofit'}", f"--out={path / 'sparse'}", *QUICK])
     return path
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda config, tensors: config["memory"].update(n_keys=16), "do not fit"),
-        (lambda config, tensors: config.update(layers=[0, 1, 2]), "do not fit"),
-        (lambda config, tensors: config.pop("memory"), "memory"),
-        (lambda config, tensors: tensors.pop("1.memory.values"), "do not fit"),
-        (
-            lambda config, tensors: [
-                tensors[name].zero_() for name in tensors if "num_batches" in name
-            ],
-            "background",
-        ),
-    ],
-)
-def test_a_broken_retrofit_is_refused(runs, tmp_path, capsys, change, said):
-    path = broken_run(runs, tmp_path / "broken", change)
-    assert said in refused(
-        capsys, train_sparse.main, f"--retrofit={path}", f"--out={tmp_path / 'run'}", *QUICK
-    )
+@pytest.mark.parametrize("kind, file, change, said", BROKEN)
+def test_a_broken_run_is_refused(finished_runs, tmp_path, capsys, kind, file, change, said):
+    shutil.copytree(finished_runs, tmp_path / "runs")
+    path = tmp_path / "runs" / kind / file
+    if change in (truncate, pickle):
+        change(path)
+    else:
+        rewrite(path, change)
+    assert said in refused(capsys, lambda argv: smf.load(argv[0]), tmp_path / "runs" / kind)
+
+
+def test_a_retrofit_without_background_is_refused(finished_runs, tmp_path, capsys):
+    shutil.copytree(finished_runs / "retrofit", tmp_path / "retrofit")
+    rewrite(tmp_path / "retrofit/memory.safetensors",
+            lambda tensors: [t.zero_() for name, t in tensors.items() if "num_batches" in name])
+    flags = [f"--retrofit={tmp_path / 'retrofit'}", f"--out={tmp_path / 'run'}", *QUICK]
+    assert "background" in refused(capsys, train_sparse.main, *flags)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "rows, said",
-    [
-        ([], "--facts-data"),
-        (
-            [{"question": "Who?", "question_id": "1", "answer": {"value": "", "aliases": [""]}}]
-            * 2,
-            "answer",
-        ),
-        ([{"question": "Who?", "question_id": "1", "answer": "Paris"}] * 2, "answer"),
-    ],
-)
-def test_broken_data_is_refused(runs, tmp_path, capsys, rows, said):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = refused(
-        capsys,
-        train_sparse.main,
-        f"--retrofit={runs / 'additive'}",
-        f"--facts-data={tmp_path / 'data'}",
-        "--num-facts=1",
-        "--batch-size=1",
-        f"--out={tmp_path / 'run'}",
-    )
-    assert said in line and not (tmp_path / "run").exists()
+LONG = "Who was it? " * 8000  # 100,000 characters
+
+
+def fact(question="Who?", value="a poet", number="1", **answer):
+    return {"question": question, "question_id": number, "answer": {"value": value, **answer}}
+
+
+def choice(cop=1, **texts):
+    row = {"question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": cop}
+    return row | texts
+
+
+FACTS = [  # rows of --facts-data; what the refusal says, or None: it works
+    ([], "--facts-data"),
+    ([fact(question="")] * 2, "no text"),
+    ([fact(question="  \n")] * 2, "no text"),
+    ([fact(question=7)] * 2, "no text"),
+    ([fact(value="")] * 2, "no text or no answer"),
+    ([fact(value=None, aliases=["x"])] * 2, "no text or no answer"),
+    ([{"question": "Who?", "question_id": "1", "answer": "Paris"}] * 2, "no text or no answer"),
+    ([{"question": "Who?", "question_id": "1"}] * 2, "no column answer"),
+    ([fact()], None),  # one row
+    ([fact(), fact(question="And who?")], None),  # one id: other wordings
+    ([fact(), fact()], None),  # the same twice
+    ([fact(aliases=["", None])], None),  # of these aliases none is any
+    ([fact(question=LONG)], None),
+    ([fact(value=LONG)], None),
+    ([fact(question="<|end|> \u0000 \U0001f600")], None),
+    (b"\xff\xfe{}", "--facts-data"),  # not UTF-8
+    (b'{"question": "Who?"', "--facts-data"),
+    (b"[1, 2]", "--facts-data"),
+]
+
+
+@pytest.mark.parametrize("rows, said", FACTS)
+def test_rows_of_facts_work_or_are_refused(runs, tmp_path, capsys, rows, said):
+    data = tmp_path / "data/train.jsonl"
+    data.parent.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows) if isinstance(rows, list) else ""
+    data.write_bytes(rows if isinstance(rows, bytes) else lines.encode())
+    flags = [f"--retrofit={runs / 'additive'}", f"--facts-data={data.parent}", "--num-facts=1",
+             "--batch-size=1", f"--out={tmp_path / 'run'}", "--eval-examples=6",
+             "--eval-tokens=200", "--steps=2"]
+    if said:
+        assert said in refused(capsys, train_sparse.main, *flags)
+        assert not (tmp_path / "run").exists()
+    else:
+        train_sparse.main(flags)
+        assert smf.finished(tmp_path / "run")
+        longer = LONG in json.dumps(rows)
+        assert ("examples are longer than" in capsys.readouterr().out) == longer
+
+
+CHOICES = [  # a row among others of --medmcqa-data
+    (choice(cop=4), "cop is 4"), (choice(cop=-1), "cop is -1"), (choice(cop=None), "cop is None"),
+    (choice(cop="b"), "--medmcqa-data"), (choice(cop=1.5), "cop is"),
+    (choice(opb=None), "are text"), (choice(question=""), "are text"), (choice(opd=""), None),
+    (choice(question=LONG), None), (choice(opa=LONG), None),
+]
+
+
+@pytest.mark.parametrize("row, said", CHOICES)
+def test_rows_of_medmcqa_work_or_are_refused(runs, tmp_path, capsys, row, said):
+    for split in ("train", "validation"):
+        path = tmp_path / f"data/{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(r) + "\n" for r in [choice()] * 8 + [row]))
+    flags = [f"--retrofit={runs / 'additive'}", "--task=medmcqa", "--batch-size=4", "--steps=2",
+             f"--medmcqa-data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}",
+             "--eval-examples=9", "--eval-tokens=200"]
+    if said:
+        assert said in refused(capsys, train_sparse.main, *flags)
+        assert not (tmp_path / "run").exists()
+    else:
+        train_sparse.main(flags)
+        assert smf.finished(tmp_path / "run")
+
+
+def altered_model(path, change):
+    """A copy of the embedded model, changed."""
+    shutil.copytree(ROOT / "tiny/model", path)
+    change(path)
+    return path
+
+
+def without(name, *keys):
+    def change(path):
+        rewrite(path / name, lambda value: [value.pop(key, None) for key in keys])
+    return change
+
+
+def pickled(path):
+    torch.save(smf.read_tensors(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+MODELS = [  # what is changed in a model's directory; what the refusal says, or None: it works
+    (lambda path: truncate(path / "model.safetensors"), "cannot be loaded"),
+    (lambda path: (path / "tokenizer.json").unlink(), "cannot be loaded"),
+    (lambda path: (path / "config.json").unlink(), "cannot be loaded"),
+    (lambda path: rewrite(path / "config.json", lambda c: c.update(hidden_size=96)), "--model"),
+    (lambda path: rewrite(path / "config.json", lambda c: c.update(
+        model_type="mine", auto_map={"AutoConfig": "evil.Config"})), "cannot be loaded"),
+    (pickled, "cannot be loaded"),
+    (without("tokenizer_config.json", "pad_token"), None),
+    (lambda path: (path / "chat_template.jinja").unlink(missing_ok=True), None),
+]
+
+
+@pytest.mark.parametrize("change, said", MODELS)
+def test_models_work_or_are_refused(tmp_path, capsys, change, said):
+    model = altered_model(tmp_path / "model", change)
+    flags = ["--method=lora", f"--model={model}", f"--out={tmp_path / 'run'}", *QUICK]
+    if said:
+        assert said in refused(capsys, baselines.main, *flags)
+        assert not (tmp_path / "run").exists()
+    else:
+        baselines.main(flags)
+        assert smf.finished(tmp_path / "run")
 
 
 # ---- the scripts, as a user runs them

@@ -60,12 +60,15 @@ COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are
 
 
 def general_chats(args):
-    """(prompt, reply) of every assistant message whose parent is there, in a fixed order."""
+    """(prompt, reply) of every assistant message whose parent is there, in a fixed order; empty
+    ones are left out."""
     columns = ("message_id", "parent_id", "text", "role")
     rows = smf.read_rows("--oasst-data", args.oasst_data, "train", columns).shuffle(seed=0)
-    texts = dict(zip(rows["message_id"], rows["text"]))
-    chats = [(texts[row["parent_id"]], row["text"]) for row in rows
-             if row["role"] == "assistant" and row["parent_id"] in texts]
+    texts = {number: text for number, text in zip(rows["message_id"], rows["text"])
+             if isinstance(text, str) and text.strip()}
+    chats = [(texts[row["parent_id"]], texts[row["message_id"]]) for row in rows
+             if row["role"] == "assistant" and row["parent_id"] in texts
+             and row["message_id"] in texts]
     if len(chats) < HELD_OUT + args.batch_size:
         raise smf.Refused(f"--oasst-data {args.oasst_data}: {len(chats)} replies with prompts; at "
                           f"least {HELD_OUT} + --batch-size {args.batch_size} are needed")
@@ -140,13 +143,11 @@ def train(model, examples, steps, run, step, checkpoint, args):
         smf.load_adamw(optimizer, trained, checkpoint)
 
     def save(step):
-        state = smf.adamw_state(optimizer, trained) | {"step": torch.tensor(step)}
-        smf.write_tensors(run / "checkpoint.safetensors", state | smf.memory_state(model))
+        state = smf.adamw_state(optimizer, trained) | smf.memory_state(model)
+        smf.save_checkpoint(run, step, state)
 
-    stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
-    bar = tqdm(range(step, steps), desc="stage 1", initial=step, total=steps)
-    for step, batch in zip(bar, stream):
-        start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
+    for step, batch, factor in smf.training(examples, steps, step, save, args, "stage 1"):
+        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = factor * group["initial_lr"]
         with smf.record_reads(model) as tapes:
@@ -164,18 +165,16 @@ def train(model, examples, steps, run, step, checkpoint, args):
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
                            "alpha": [round(scale.item(), 4) for scale in scales], "usage": usage,
                            "KL": kl}, batch, start, args.device)
-        if (step + 1) % args.save_every == 0:
-            save(step + 1)
 
 
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
     run = smf.run_directory(args, f"{args.mode}-{'fresh' if args.steps == 0 else 'retrofit'}")
     model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
+    base = smf.base_fingerprint(model)
     layers, shape = add_memories(model, args)
     chats = general_chats(args)[:HELD_OUT + max(args.examples, args.background)]
-    examples = [smf.encode(tokenizer, *chat, args.max_length)
-                for chat in tqdm(chats, desc="tokenize", leave=False)]
+    examples = smf.encode_all(model, tokenizer, chats, args.max_length)
     held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
     general, examples = examples[:args.background], examples[:args.examples]
     if len(examples) < args.batch_size:
@@ -185,7 +184,7 @@ def main(argv=None):
         steps = args.epochs * (len(examples) // args.batch_size)
     step, checkpoint = smf.begin_run(run, args, {
         "kind": "retrofit", "model": smf.portable(args.model), "dtype": args.dtype,
-        "layers": layers, "mode": args.mode, "memory": shape})
+        "fingerprint": base, "layers": layers, "mode": args.mode, "memory": shape})
     if smf.finished(run):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, layers {layers}, {steps} steps, {len(examples)} chats -> {run}")

@@ -11,11 +11,11 @@
 Starts from the run of train_retrofit.py of the same mode and seed; makes it first if there is none.
 """
 
+import os
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import eval as evaluation
 import smf
@@ -97,7 +97,8 @@ def select(memory, reads, masks, step, args):
 
 
 def train(model, examples, steps, run, step, checkpoint, args):
-    """What does this batch read, which of these rows are its own, and an update of those alone."""
+    """What does this batch read, which of these rows are its own, and an update of those alone.
+    -> what was learned, {name: tensor}."""
     tables = {f"{layer}.values": m.values for layer, m in smf.memories(model).items()}
     optimizers = {name: smf.RowOptimizer(table, args.optimizer) for name, table in tables.items()}
     scales = {f"{layer}.scale": wrapper.scale.requires_grad_()
@@ -105,20 +106,26 @@ def train(model, examples, steps, run, step, checkpoint, args):
     for name, scale in scales.items():  # to its optimizer, alpha is a table of one row
         optimizers[name] = smf.RowOptimizer(scale.detach().view(1, 1))
     if checkpoint:
-        smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
+        smf.load_rows(model, checkpoint, run / "checkpoint.safetensors")
         for name, optimizer in optimizers.items():
             optimizer.load_state({part: checkpoint[f"optimizer.{name}.{part}"].to(args.device)
                                   for part in optimizer.state})
 
+    def learned():
+        """All that differs from the retrofit, see smf.load_rows."""
+        tensors = dict(scales)
+        for layer, memory in smf.memories(model).items():
+            rows = optimizers[f"{layer}.values"].state["rows"].sort().values  # (rows touched,)
+            tensors |= {f"{layer}.rows": rows, f"{layer}.values": memory.values[rows]}
+        return tensors
+
     def save(step):
         state = {f"optimizer.{name}.{part}": tensor for name, optimizer in optimizers.items()
-                 for part, tensor in optimizer.state.items()} | {"step": torch.tensor(step)}
-        smf.write_tensors(run / "checkpoint.safetensors", state | smf.memory_state(model))
+                 for part, tensor in optimizer.state.items()}
+        smf.save_checkpoint(run, step, state | learned())
 
-    stream = smf.batch_stream(examples, args.batch_size, args.seed, step)
-    bar = tqdm(range(step, steps), desc="stage 2", initial=step, total=steps)
-    for step, batch in zip(bar, stream):
-        start, factor = time.perf_counter(), smf.learning_rate(step, steps, args.warmup)
+    for step, batch, factor in smf.training(examples, steps, step, save, args, "stage 2"):
+        start = time.perf_counter()
         with smf.record_reads(model) as tapes:
             loss, masks = smf.backward(model, batch, args.micro_batch_size)
         updates = {f"{layer}.values": select(memory, tapes[layer], masks, step, args)
@@ -134,13 +141,13 @@ def train(model, examples, steps, run, step, checkpoint, args):
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
                            "rows": {layer: len(updates[f"{layer}.values"][0])
                                     for layer in smf.memories(model)}}, batch, start, args.device)
-        if (step + 1) % args.save_every == 0:
-            save(step + 1)
+    return learned()
 
 
-def prepare(tokenizer, data, args):
+def prepare(model, tokenizer, data, args):
     """-> the Examples to learn from, the number of steps; the same for SMF and the baselines."""
-    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+    pairs = [(q.prompt, q.answer) for q in data.train]
+    examples = smf.encode_all(model, tokenizer, pairs, args.max_length)
     if len(examples) < args.batch_size:
         raise smf.Refused(f"--batch-size {args.batch_size}: only {len(examples)} examples to learn")
     return examples, args.steps or args.epochs * (len(examples) // args.batch_size)
@@ -169,15 +176,17 @@ def main(argv=None):
     if any(memory.num_batches == 0 for memory in smf.memories(model).values()):
         raise smf.Refused(f"--retrofit {retrofit}: without background statistics; make it again "
                           f"with train_retrofit.py --overwrite")
-    examples, steps = prepare(tokenizer, data, args)
+    examples, steps = prepare(model, tokenizer, data, args)
     evaluation.base_run(run.parent, config)
     step, checkpoint = smf.begin_run(run, args, config | {
-        "kind": "sparse", "retrofit": str(retrofit.resolve())})
+        "kind": "sparse", "retrofit": os.path.relpath(retrofit.resolve(), run.resolve()),
+        "retrofit_fingerprint": smf.fingerprint(
+            smf.read_tensors(retrofit / "memory.safetensors"))})
     if not smf.finished(run):
         print(f"stage 2: {steps} steps, {len(examples)} examples -> {run}")
         began = time.time()
-        train(model, examples, steps, run, step, checkpoint, args)
-        smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
+        learned = train(model, examples, steps, run, step, checkpoint, args)
+        smf.write_tensors(run / "memory.safetensors", learned)
         smf.end_run(run, "stage 2", began, args.device)
     print(evaluation.report(run, data, args))
 
