@@ -32,6 +32,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -674,13 +675,18 @@ def parse(description, flags, argv=None, positional=None):
     return args
 
 
-def script(main):
-    """Run a script; bad input ends it with one line on stderr and exit code 2."""
+def script(main, several=False):
+    """Run a script; bad input ends it with one line on stderr and exit code 2.
+
+    several: whether it may run as several processes.
+    """
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
+        if rank()[1] > 1 and not several:
+            raise Refused("torchrun: train_sparse.py alone runs as several processes")
         main()
     except KeyboardInterrupt:
         tqdm.write("stopped; the same command with --resume goes on where it was", file=sys.stderr)
@@ -721,7 +727,7 @@ def begin_run(run, args, config):
                 "trivia_data", "wikitext_data", "untaught_data")  # they decide no weight
     metrics, checkpoint = run / "metrics.jsonl", run / "checkpoint.safetensors"
     step, tensors = 0, {}
-    if args.resume and (run / "config.json").exists():
+    if (args.resume or rank()[0] > 0) and (run / "config.json").exists():
         old = read_json(run / "config.json")
         for name, value in (config | config["arguments"]).items():
             if name not in measures and (old | old["arguments"]).get(name) != value:
@@ -735,7 +741,7 @@ def begin_run(run, args, config):
         for name in RUN_FILES - {"config.json"}:  # that is replaced: the run stays a run
             remove(run / name)
         write_json(run / "config.json", config)
-    if not finished(run):  # drop the lines after the checkpoint
+    if not finished(run) and rank()[0] == 0:  # drop the lines after the checkpoint
         lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
         write_atomic(metrics, lambda temporary: temporary.write_text("".join(lines)))
     return step, tensors
@@ -743,12 +749,16 @@ def begin_run(run, args, config):
 
 def save_checkpoint(run, step, tensors):
     """The state after `step` steps; the lines of metrics.jsonl before it are on the disk first."""
+    if rank()[0] > 0:
+        return
     sync(run / "metrics.jsonl")
     write_tensors(run / "checkpoint.safetensors", tensors | {"step": torch.tensor(step)})
 
 
 def log_step(run, metrics, batch, start, device):
     """Add a step on a batch, begun at time `start`, to metrics.jsonl; print every tenth."""
+    if rank()[0] > 0:
+        return
     tokens = sum(len(ids) for ids, _ in batch)
     metrics |= {"tokens/s": round(tokens / (time.perf_counter() - start)),
                 "peak_GiB": round(peak_memory(device), 3)}
@@ -784,7 +794,7 @@ def training(examples, steps, step, save, args, label):
 
     def ask(*_):
         asked.append(True)
-        if len(asked) > 1:
+        if len(asked) > 1 or rank()[1] > 1:  # several processes would stop at different steps
             raise KeyboardInterrupt
 
     handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -958,21 +968,60 @@ def token_loss(model, batch, cache=None):
     return loss.view_as(batch["targets"])  # (B, C)
 
 
+def rank():
+    """Which process of how many this is, started by torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(args):
+    """Meet the other processes of torchrun, if there are any. Only the first one speaks."""
+    place, world = rank()
+    if args.batch_size % world:
+        raise Refused(f"--batch-size {args.batch_size}: is no multiple of the {world} processes")
+    if world > 1:
+        cuda = args.device == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    if place > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+@contextmanager
+def first_alone():
+    """The first process runs this block, then, when it is done, the others."""
+    place, world = rank()
+    if place > 0:
+        torch.distributed.barrier()
+    yield
+    if place == 0 and world > 1:
+        torch.distributed.barrier()
+
+
+def total(tensor):
+    """Sum a tensor over the processes, in place; they all get it."""
+    if rank()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def backward(model, batch, micro_batch_size):
     """Gradients of the mean loss of a batch, a list of Examples -> the loss, the attention masks.
 
-    The mean is over the target tokens of the whole batch, so micro-batches change nothing.
+    The mean is over the target tokens of the whole batch, so micro-batches change nothing. Each
+    process runs its share of the batch: its gradients are to be summed.
     """
     targets = sum(len(ids) - start for ids, start in batch)
     length = max(len(ids) for ids, _ in batch)  # one T for all: the same sums, to the last bit
-    loss, masks = 0.0, []
-    for i in range(0, len(batch), micro_batch_size):
-        micro = collate(batch[i:i + micro_batch_size], model.device, length)
+    place, world = rank()
+    share, loss, masks = batch[place::world], torch.zeros(1, device=model.device), []
+    for i in range(0, len(share), micro_batch_size):
+        micro = collate(share[i:i + micro_batch_size], model.device, length)
         micro_loss = token_loss(model, micro).sum() / targets
         micro_loss.backward()
-        loss += micro_loss.item()
+        loss += micro_loss.detach()
         masks.append(micro["attention_mask"])
-    return loss, masks
+    return total(loss).item(), masks
 
 
 def batch_stream(examples, batch_size, seed, start=0):

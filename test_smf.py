@@ -544,6 +544,29 @@ def test_micro_batches_change_nothing(runs, tmp_path, flags):
                 assert torch.equal(*changed) and changed[0].any()
 
 
+@pytest.mark.parametrize("flags", [["--train-scale"], ["--scorer=random", "--optimizer=sgd"]])
+def test_two_processes_are_one_batch(runs, tmp_path, flags):
+    flags = [f"--retrofit={runs / 'additive'}", *flags, "--top-t=20", "--eval-examples=6",
+             "--eval-tokens=200", "--steps=4", "--micro-batch-size=4", "--lr=0.01"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
+                                              "--nproc_per_node=2"])):
+        command = [sys.executable, *start, ROOT / "train_sparse.py", *flags]
+        done = subprocess.run([*map(str, command), f"--out={tmp_path / name}"], cwd=ROOT,
+                              env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("| after |") == 1, done.stderr
+    one, two = (smf.read_tensors(tmp_path / name / "memory.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:  # the same rows, the same update
+        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 4
+    command = [sys.executable, ROOT / "baselines.py", f"--out={tmp_path / 'lora'}"]
+    done = subprocess.run([*map(str, command)], env=os.environ | {"RANK": "0", "WORLD_SIZE": "2"},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "train_sparse.py alone" in done.stderr
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(runs, tmp_path):
     one, two, other = (
         sparse(runs, tmp_path / name, f"--seed={seed}")

@@ -7,6 +7,7 @@
     python train_sparse.py --fresh                        # without the training of stage 1
     python train_sparse.py --retrofit RUN_DIR             # from this run of train_retrofit.py
     python train_sparse.py --preset paper --scorer kl     # Qwen2.5-0.5B-Instruct, MedMCQA (hub)
+    torchrun --nproc_per_node=2 train_sparse.py           # a share of each batch per process or GPU
 
 Starts from the run of train_retrofit.py of the same mode and seed; makes it first if there is none.
 """
@@ -90,10 +91,11 @@ def score_rows(scorer, memory, counts, seed):
 def select(memory, reads, masks, step, args):
     """Of what a batch read from one memory: the rows to update (t,) and their gradient (t, D)."""
     _, rows, weights, dy = smf.real_tokens(reads, masks)
-    counts = smf.count_reads(rows, len(memory.values))  # (N,)
+    counts = smf.total(smf.count_reads(rows, len(memory.values)))  # (N,) of all processes
     scores = score_rows(args.scorer, memory, counts, 1_000_003 * args.seed + step)  # (N,)
     t = len(counts) if args.scorer == "all" else args.top_t
-    return smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
+    rows, gradient = smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
+    return rows, smf.total(gradient)  # only the selected rows' gradients travel
 
 
 def train(model, examples, steps, run, step, checkpoint, args):
@@ -131,7 +133,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
         updates = {f"{layer}.values": select(memory, tapes[layer], masks, step, args)
                    for layer, memory in smf.memories(model).items()}  # once a whole batch
         for name, scale in scales.items():
-            updates[name] = torch.tensor([0], device=args.device), scale.grad.view(1, 1)
+            updates[name] = torch.tensor([0], device=args.device), smf.total(scale.grad).view(1, 1)
         norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
         smf.check_finite(loss, norm, step, save)
         for name, (rows, gradient) in updates.items():
@@ -166,8 +168,10 @@ def main(argv=None):
         raise smf.Refused("--train-scale: --mode replacement has no alpha; leave it out")
     if args.retrofit is None:
         smf.find("--model", args.model, "model")
+    smf.join(args)
     data = evaluation.read_data(args)
-    retrofit = stage_1(args)
+    with smf.first_alone():
+        retrofit = stage_1(args)
     config = smf.read_config(retrofit)
     check_same(retrofit, config, args)
     if run.resolve() == retrofit.resolve():
@@ -177,19 +181,22 @@ def main(argv=None):
         raise smf.Refused(f"--retrofit {retrofit}: without background statistics; make it again "
                           f"with train_retrofit.py --overwrite")
     examples, steps = prepare(model, tokenizer, data, args)
-    evaluation.base_run(run.parent, config)
-    step, checkpoint = smf.begin_run(run, args, config | {
-        "kind": "sparse", "retrofit": os.path.relpath(retrofit.resolve(), run.resolve()),
-        "retrofit_fingerprint": smf.fingerprint(
-            smf.read_tensors(retrofit / "memory.safetensors"))})
+    with smf.first_alone():
+        evaluation.base_run(run.parent, config)
+        step, checkpoint = smf.begin_run(run, args, config | {
+            "kind": "sparse", "retrofit": os.path.relpath(retrofit.resolve(), run.resolve()),
+            "retrofit_fingerprint": smf.fingerprint(
+                smf.read_tensors(retrofit / "memory.safetensors"))})
     if not smf.finished(run):
         print(f"stage 2: {steps} steps, {len(examples)} examples -> {run}")
         began = time.time()
         learned = train(model, examples, steps, run, step, checkpoint, args)
-        smf.write_tensors(run / "memory.safetensors", learned)
-        smf.end_run(run, "stage 2", began, args.device)
-    print(evaluation.report(run, data, args))
+        if smf.rank()[0] == 0:
+            smf.write_tensors(run / "memory.safetensors", learned)
+            smf.end_run(run, "stage 2", began, args.device)
+    if smf.rank()[0] == 0:
+        print(evaluation.report(run, data, args))
 
 
 if __name__ == "__main__":
-    smf.script(main)
+    smf.script(main, several=True)
