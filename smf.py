@@ -691,7 +691,7 @@ def script(main, several=False):
     except KeyboardInterrupt:
         tqdm.write("stopped; the same command with --resume goes on where it was", file=sys.stderr)
         sys.exit(130)
-    except Refused as error:
+    except (Refused, OSError) as error:  # OSError: a full disk, say
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
         tqdm.write(line, file=sys.stderr)  # print would run into a progress bar
         sys.exit(2)
@@ -741,7 +741,9 @@ def begin_run(run, args, config):
         for name in RUN_FILES - {"config.json"}:  # that is replaced: the run stays a run
             remove(run / name)
         write_json(run / "config.json", config)
-    if not finished(run) and rank()[0] == 0:  # drop the lines after the checkpoint
+    if finished(run):  # but killed before it had dropped its checkpoint, perhaps
+        checkpoint.unlink(missing_ok=True)
+    elif rank()[0] == 0:  # drop the lines after the checkpoint
         lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
         write_atomic(metrics, lambda temporary: temporary.write_text("".join(lines)))
     return step, tensors

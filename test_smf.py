@@ -688,6 +688,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs, tmp_path, monkeypatch):
     assert same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_a_full_disk_is_one_line(runs, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(smf, "log_step", full)
+    flags = [f"--retrofit={runs / 'additive'}", f"--out={tmp_path / 'run'}", *QUICK]
+    assert "No space left" in refused(capsys, train_sparse.main, *flags)
+
+
+def test_a_run_killed_at_its_very_end_drops_its_checkpoint(runs, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(smf, "end_run", lambda *_: (_ for _ in ()).throw(Killed))
+        sparse(runs, tmp_path / "run", "--save-every=1")
+    assert (tmp_path / "run/checkpoint.safetensors").exists() and smf.finished(tmp_path / "run")
+    sparse(runs, tmp_path / "run", "--save-every=1", "--resume")
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
 def test_a_sparse_run_is_the_rows_it_touched(runs, tmp_path):
     """Put on the retrofit, they give the model as it was trained; left out, the retrofit."""
     ended = {}
