@@ -675,6 +675,43 @@ def parse(description, flags, argv=None, positional=None):
     return args
 
 
+def rank():
+    """Which process of how many this is, started by torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(args):
+    """Meet the other processes of torchrun, if there are any. Only the first one speaks."""
+    place, world = rank()
+    if args.batch_size % world:
+        raise Refused(f"--batch-size {args.batch_size}: is no multiple of the {world} processes")
+    if world > 1:
+        cuda = args.device == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    if place > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+@contextmanager
+def first_alone():
+    """The first process runs this block, then, when it is done, the others."""
+    place, world = rank()
+    if place > 0:
+        torch.distributed.barrier()
+    yield
+    if place == 0 and world > 1:
+        torch.distributed.barrier()
+
+
+def total(tensor):
+    """Sum a tensor over the processes, in place; they all get it."""
+    if rank()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def script(main, several=False):
     """Run a script; bad input ends it with one line on stderr and exit code 2.
 
@@ -968,43 +1005,6 @@ def token_loss(model, batch, cache=None):
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
                            ignore_index=-100, reduction="none")  # (B * C,)
     return loss.view_as(batch["targets"])  # (B, C)
-
-
-def rank():
-    """Which process of how many this is, started by torchrun; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join(args):
-    """Meet the other processes of torchrun, if there are any. Only the first one speaks."""
-    place, world = rank()
-    if args.batch_size % world:
-        raise Refused(f"--batch-size {args.batch_size}: is no multiple of the {world} processes")
-    if world > 1:
-        cuda = args.device == "cuda"
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
-    if place > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-@contextmanager
-def first_alone():
-    """The first process runs this block, then, when it is done, the others."""
-    place, world = rank()
-    if place > 0:
-        torch.distributed.barrier()
-    yield
-    if place == 0 and world > 1:
-        torch.distributed.barrier()
-
-
-def total(tensor):
-    """Sum a tensor over the processes, in place; they all get it."""
-    if rank()[1] > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
 
 
 def backward(model, batch, micro_batch_size):

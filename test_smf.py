@@ -584,66 +584,65 @@ def same_run(one, other, name="memory.safetensors"):
     return all(torch.equal(ended[key], expected[key]) for key in ended)
 
 
-# A process that imports everything once and then runs a script in children that it kills: after a
-# random time, or as they sync one of the files of a save, until enough have died; the last ends.
+# A process that imports everything once and then runs a script in children that die: half of them
+# after a random time, all at the latest as they sync a file, at random in the first two saves. The
+# first child that ends before its turn to die is the last one.
 KILLER = """
 import os, random, signal, sys, time
 import torch
 import baselines, smf, train_retrofit, train_sparse
 import eval as evaluation
 
-script, wanted, seed, *argv = sys.argv[1:]
+script, deadly, *argv = sys.argv[1:]
 torch.set_num_threads(1)
-random.seed(int(seed))
+draws, clock = random.Random(1), random.Random(2)
 evaluation.report = lambda *_: "done"
 main = {"sparse": train_sparse, "retrofit": train_retrofit, "baselines": baselines}[script].main
-died, longest = 0, 1.0
+sync, died, longest = smf.sync, 0, 1.0
 while True:
-    at = random.randrange(12) if random.random() < 0.5 else None  # which sync
+    left = draws.randrange(2, 8) if deadly == "deadly" else 1000  # syncs before the last one
     began = time.time()
     child = os.fork()
     if not child:
-        if at is not None and died < int(wanted):
-            sync, calls = smf.sync, []
-            def dying(path):
-                if len(calls) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                calls.append(sync(path))
-            smf.sync = dying
+        def dying(path):
+            global left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            sync(path)
+        smf.sync = dying
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             smf.script(lambda: main([*argv, "--resume"]))
             os._exit(0)
         except SystemExit as stop:
             os._exit(stop.code)
-    if at is None and died < int(wanted):
-        time.sleep(random.uniform(0, longest))
+    if deadly == "deadly" and clock.random() < 0.5:
+        time.sleep(clock.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):
         assert status == 0, status
-        if died >= int(wanted):
-            break
-        os.execv(sys.executable, [])  # ended too early: the test is wrong
+        break
     longest, died = max(longest, 1.2 * (time.time() - began)), died + 1
 print(died)
 """
 
 
-@pytest.mark.parametrize("script, kills, flags", [
-    ("sparse", 12, ["--scorer=tfidf", "--train-scale", "--steps=24", *QUICK[:3]]),
-    ("retrofit", 8, ["--steps=16", "--examples=64", "--background=40", *SMALL]),
-    ("baselines", 8, ["--method=lora", "--steps=16", *QUICK[:3]])])
-def test_a_run_killed_anywhere_resumes_to_the_same_end(runs, tmp_path, script, kills, flags):
-    flags = [*flags, "--save-every=1", "--batch-size=4"]
+@pytest.mark.parametrize("script, flags", [
+    ("sparse", ["--scorer=tfidf", "--train-scale", *QUICK[:2]]),
+    ("retrofit", ["--examples=64", "--background=40", *SMALL]),
+    ("baselines", ["--method=lora", *QUICK[:2]])])
+def test_a_run_killed_anywhere_resumes_to_the_same_end(runs, tmp_path, script, flags):
+    flags = [*flags, "--steps=5", "--save-every=1", "--batch-size=4"]
     flags += [f"--retrofit={runs / 'additive'}"] * (script == "sparse")
-    for name, number in (("whole", 0), ("cut", kills)):
-        done = subprocess.run([sys.executable, "-c", KILLER, script, str(number), "1", *flags,
+    for name, deaths in (("harmless", 0), ("deadly", 8)):
+        done = subprocess.run([sys.executable, "-c", KILLER, script, name, *flags,
                                f"--out={tmp_path / name}"], cwd=ROOT, capture_output=True,
                               text=True)
-        assert done.returncode == 0 and int(done.stdout) == number, done.stderr
+        assert done.returncode == 0 and int(done.stdout) >= deaths, done.stderr
     weights = "lora.safetensors" if script == "baselines" else "memory.safetensors"
-    assert same_run(tmp_path / "cut", tmp_path / "whole", weights)
+    assert same_run(tmp_path / "deadly", tmp_path / "harmless", weights)
     assert not list(tmp_path.glob("*/checkpoint.safetensors"))
 
 
@@ -1898,6 +1897,16 @@ FACTS = [  # rows of --facts-data; what the refusal says, or None: it works
 ]
 
 
+def works_or_refused(capsys, main, flags, run, said):
+    """said: what the refusal says, or None, if the run is to come to its end."""
+    if said:
+        assert said in refused(capsys, main, *flags, f"--out={run}")
+        assert not run.exists()
+    else:
+        main([*flags, f"--out={run}"])
+        assert smf.finished(run)
+
+
 @pytest.mark.parametrize("rows, said", FACTS)
 def test_rows_of_facts_work_or_are_refused(runs, tmp_path, capsys, rows, said):
     data = tmp_path / "data/train.jsonl"
@@ -1905,16 +1914,10 @@ def test_rows_of_facts_work_or_are_refused(runs, tmp_path, capsys, rows, said):
     lines = "".join(json.dumps(row) + "\n" for row in rows) if isinstance(rows, list) else ""
     data.write_bytes(rows if isinstance(rows, bytes) else lines.encode())
     flags = [f"--retrofit={runs / 'additive'}", f"--facts-data={data.parent}", "--num-facts=1",
-             "--batch-size=1", f"--out={tmp_path / 'run'}", "--eval-examples=6",
-             "--eval-tokens=200", "--steps=2"]
-    if said:
-        assert said in refused(capsys, train_sparse.main, *flags)
-        assert not (tmp_path / "run").exists()
-    else:
-        train_sparse.main(flags)
-        assert smf.finished(tmp_path / "run")
-        longer = LONG in json.dumps(rows)
-        assert ("examples are longer than" in capsys.readouterr().out) == longer
+             "--batch-size=1", "--eval-examples=6", "--eval-tokens=200", "--steps=2"]
+    works_or_refused(capsys, train_sparse.main, flags, tmp_path / "run", said)
+    longer = not said and LONG in json.dumps(rows)
+    assert ("examples are longer than" in capsys.readouterr().out) == longer
 
 
 CHOICES = [  # a row among others of --medmcqa-data
@@ -1932,14 +1935,8 @@ def test_rows_of_medmcqa_work_or_are_refused(runs, tmp_path, capsys, row, said):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in [choice()] * 8 + [row]))
     flags = [f"--retrofit={runs / 'additive'}", "--task=medmcqa", "--batch-size=4", "--steps=2",
-             f"--medmcqa-data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}",
-             "--eval-examples=9", "--eval-tokens=200"]
-    if said:
-        assert said in refused(capsys, train_sparse.main, *flags)
-        assert not (tmp_path / "run").exists()
-    else:
-        train_sparse.main(flags)
-        assert smf.finished(tmp_path / "run")
+             f"--medmcqa-data={tmp_path / 'data'}", "--eval-examples=9", "--eval-tokens=200"]
+    works_or_refused(capsys, train_sparse.main, flags, tmp_path / "run", said)
 
 
 def altered_model(path, change):
@@ -1976,13 +1973,8 @@ MODELS = [  # what is changed in a model's directory; what the refusal says, or 
 @pytest.mark.parametrize("change, said", MODELS)
 def test_models_work_or_are_refused(tmp_path, capsys, change, said):
     model = altered_model(tmp_path / "model", change)
-    flags = ["--method=lora", f"--model={model}", f"--out={tmp_path / 'run'}", *QUICK]
-    if said:
-        assert said in refused(capsys, baselines.main, *flags)
-        assert not (tmp_path / "run").exists()
-    else:
-        baselines.main(flags)
-        assert smf.finished(tmp_path / "run")
+    flags = ["--method=lora", f"--model={model}", *QUICK]
+    works_or_refused(capsys, baselines.main, flags, tmp_path / "run", said)
 
 
 # ---- the scripts, as a user runs them

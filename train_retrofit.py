@@ -53,7 +53,7 @@ FLAGS = smf.COMMON | MEMORY | {
     "scale-lr": (positive, 1e-2, 1e-2, "learning rate of alpha (ours: at --lr it hardly moves)"),
     "warmup": (natural, 20, 100, "steps of linear warm-up"),
     "query-momentum": (share, 0.1, 0.1, "pace of the statistics that normalise the query (ours); "
-                                        "0: no normalisation, and the memories collapse"),
+                                        "0: it is not normalised"),
 }
 HELD_OUT = 128  # chats kept from training, for the held-out loss
 COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are in effective use

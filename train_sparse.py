@@ -98,6 +98,15 @@ def select(memory, reads, masks, step, args):
     return rows, smf.total(gradient)  # only the selected rows' gradients travel
 
 
+def touched(model, optimizers):
+    """All that differs from the retrofit but the alphas: rows and their values, see smf.load_rows."""
+    tensors = {}
+    for layer, memory in smf.memories(model).items():
+        rows = optimizers[f"{layer}.values"].state["rows"].sort().values  # (rows touched,)
+        tensors |= {f"{layer}.rows": rows, f"{layer}.values": memory.values[rows]}
+    return tensors
+
+
 def train(model, examples, steps, run, step, checkpoint, args):
     """What does this batch read, which of these rows are its own, and an update of those alone.
     -> what was learned, {name: tensor}."""
@@ -113,18 +122,10 @@ def train(model, examples, steps, run, step, checkpoint, args):
             optimizer.load_state({part: checkpoint[f"optimizer.{name}.{part}"].to(args.device)
                                   for part in optimizer.state})
 
-    def learned():
-        """All that differs from the retrofit, see smf.load_rows."""
-        tensors = dict(scales)
-        for layer, memory in smf.memories(model).items():
-            rows = optimizers[f"{layer}.values"].state["rows"].sort().values  # (rows touched,)
-            tensors |= {f"{layer}.rows": rows, f"{layer}.values": memory.values[rows]}
-        return tensors
-
     def save(step):
         state = {f"optimizer.{name}.{part}": tensor for name, optimizer in optimizers.items()
                  for part, tensor in optimizer.state.items()}
-        smf.save_checkpoint(run, step, state | learned())
+        smf.save_checkpoint(run, step, state | scales | touched(model, optimizers))
 
     for step, batch, factor in smf.training(examples, steps, step, save, args, "stage 2"):
         start = time.perf_counter()
@@ -143,7 +144,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
         smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
                            "rows": {layer: len(updates[f"{layer}.values"][0])
                                     for layer in smf.memories(model)}}, batch, start, args.device)
-    return learned()
+    return scales | touched(model, optimizers)
 
 
 def prepare(model, tokenizer, data, args):
@@ -155,11 +156,8 @@ def prepare(model, tokenizer, data, args):
     return examples, args.steps or args.epochs * (len(examples) // args.batch_size)
 
 
-def main(argv=None):
-    args = smf.parse(__doc__, FLAGS, argv)
-    args.lr = args.lr or LEARNING_RATE[args.preset][args.optimizer]
-    run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' * args.train_scale}"
-                                  f"{'-fresh' * args.fresh}")
+def check_flags(args):
+    """Refused if flags contradict each other, before anything long begins."""
     if args.scorer == "all" and "top_t" in args.given:
         raise smf.Refused("--top-t: --scorer all updates every row read; leave one of them out")
     if args.fresh and args.retrofit:
@@ -168,6 +166,14 @@ def main(argv=None):
         raise smf.Refused("--train-scale: --mode replacement has no alpha; leave it out")
     if args.retrofit is None:
         smf.find("--model", args.model, "model")
+
+
+def main(argv=None):
+    args = smf.parse(__doc__, FLAGS, argv)
+    args.lr = args.lr or LEARNING_RATE[args.preset][args.optimizer]
+    run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' * args.train_scale}"
+                                  f"{'-fresh' * args.fresh}")
+    check_flags(args)
     smf.join(args)
     data = evaluation.read_data(args)
     with smf.first_alone():
