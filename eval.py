@@ -65,6 +65,7 @@ FLAGS = {"device": smf.COMMON["device"]} | EVALUATION | {
     "stage-1": (Path, None, None, "file for a figure of the named runs of train_retrofit.py"),
     "cost": (str, None, None, "model directory or qwen2.5-0.5b: what a training step of a random "
                               "model of this shape takes"),
+    "batch-size": smf.COMMON["batch-size"][:3] + ("--cost: examples of this step",),
 }
 
 
@@ -701,7 +702,8 @@ def cost(args):
     """Markdown: speed and peak memory of a step of every method, each in a process of its own."""
     if args.cost != "qwen2.5-0.5b" and not smf.local(args.cost):
         raise smf.Refused(f"--cost {args.cost}: is no model directory; name one, or qwen2.5-0.5b")
-    flags, rows = [f"--preset={args.preset}", f"--device={args.device}"], {}
+    rows = {}
+    flags = [f"--preset={args.preset}", f"--device={args.device}", f"--batch-size={args.batch_size}"]
     for name in STEPS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             line = fresh.submit(step_cost, name, args.cost, flags).result()
