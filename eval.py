@@ -5,7 +5,7 @@
     python eval.py RUN_DIR --split validation      # the split for choosing learning rates
     python eval.py --results results/tiny          # the study: tables, figure, costs, JSON
     python eval.py --stage-1 stage-1.png RUN_DIR ...   # figure of runs of train_retrofit.py
-    python eval.py --preset paper --cost qwen2.5-0.5b  # what a training step takes, random model
+    python eval.py --preset paper --cost qwen2.5-0.5b  # what it costs, on a random model
 
 A run is measured as its config.json says (task, data, sizes) unless a flag says otherwise. The
 figures stay in its eval.json and are read from there the next time. They are, ± standard error
@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 import smf
-from smf import natural, whole
+from smf import above, natural, whole
 
 EVALUATION = {  # columns as in smf.COMMON; the last three of the paper are [Gupta26 App. C]
     "task": (("facts", "medmcqa"), "facts", "medmcqa", "what to learn"),
@@ -63,9 +64,10 @@ EVALUATION = {  # columns as in smf.COMMON; the last three of the paper are [Gup
 FLAGS = {"device": smf.COMMON["device"]} | EVALUATION | {
     "results": (Path, None, None, "directory to write a study to: tables, figure, JSON"),
     "stage-1": (Path, None, None, "file for a figure of the named runs of train_retrofit.py"),
-    "cost": (str, None, None, "model directory or qwen2.5-0.5b: what a training step of a random "
-                              "model of this shape takes"),
-    "batch-size": smf.COMMON["batch-size"][:3] + ("--cost: examples of this step",),
+    "cost": (str, None, None, "model directory or qwen2.5-0.5b: time and memory of training steps "
+                              "and inference of a random model of this shape"),
+    "batch-size": (whole, 16, 16, "--cost: examples of a step"),
+    "max-length": (above(16), 128, 1024, "--cost: tokens of an example"),
 }
 
 
@@ -499,65 +501,32 @@ def measured(sweep, args):
             "test": {seed: figures(run, test) for seed, run in sorted(sweep[chosen].items())}}
 
 
-@torch.no_grad()
-def inference_speeds(runs, device, rounds=9, new_tokens=32):
-    """{name: run} -> {name: tokens/s of greedy generation}, medians of interleaved rounds."""
-    models = {name: smf.load(run, device)[0] for name, run in runs.items()}
-    ids, times = torch.arange(512, device=device).view(32, 16), {name: [] for name in models}
-    order = list(models)
-    for _ in tqdm(range(rounds + 1), desc="inference", leave=False):  # the first to warm up
-        order.append(order.pop(0))  # nobody is always first
-        for name in order:
-            start = time.perf_counter()
-            models[name].generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                  min_new_tokens=new_tokens, max_new_tokens=new_tokens)
-            times[name].append(time.perf_counter() - start)
-    return {name: 32 * new_tokens / median(part[1:]) for name, part in times.items()}
-
-
 def metrics(run):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def accounting(run, base):
-    """One row of [Gupta26 Table 3] for a run, and how many rows of its memories ever moved."""
+    """One row of [Gupta26 Table 3] for a run; how many rows of its memories it touched; the size of
+    its own weights' file or directory."""
     config, (model, _) = smf.read_config(run), smf.load(run)
-    size, touched = sum(p.numel() for p in model.parameters()), None
+    size, touched, file = sum(p.numel() for p in model.parameters()), None, smf.weights(run)
     stored = updated = size
     if config["kind"] == "lora":
-        adapters = smf.read_tensors(run / "lora.safetensors")
-        stored = updated = sum(tensor.numel() for tensor in adapters.values())
+        stored = updated = sum(tensor.numel() for tensor in smf.read_tensors(file).values())
     if config["kind"] == "sparse":
         stored = sum(p.numel() for wrapper in smf.wrappers(model).values()
                      for name, p in wrapper.named_parameters() if not name.startswith("mlp."))
-        pairs = list(zip(*(smf.memories(m).values() for m in (model, smf.load(origin(run))[0]))))
-        touched = sum((a.values != b.values).any(1).sum().item() for a, b in pairs)
+        tensors = smf.read_tensors(file)
+        touched = sum(len(tensors[name]) for name in tensors if name.endswith(".rows"))
         rows = fmean(sum(line["rows"].values()) for line in metrics(run))
-        updated = (rows * pairs[0][0].values.shape[1]
-                   + config["arguments"]["train_scale"] * len(pairs))
+        updated = (rows * next(iter(smf.memories(model).values())).values.shape[1]
+                   + config["arguments"]["train_scale"] * len(smf.memories(model)))
     change = size - sum(p.numel() for p in smf.load(base)[0].parameters())
+    parts = file.iterdir() if file.is_dir() else [file]
     return {"parameters stored": stored, "net change at inference": change,
-            "updated per step": round(updated), "rows ever changed": touched}
-
-
-def costs(found, chosen, device):
-    """{condition: {title: number}}: parameters of the chosen run; speed and memory, relative.
-
-    found: see sweeps. chosen: {condition: run}, base and full among them. Training speed is the
-    median over all steps of a condition's runs, so these must have run under like conditions;
-    memory, the median of their peaks, that of the whole process. Inference is measured here.
-    """
-    lines = {name: [metrics(run) for runs in found[name].values() for run in runs.values()]
-             for name in chosen if name != "base"}
-    rate = {name: median(line["tokens/s"] for part in parts for line in part)
-            for name, parts in lines.items()}
-    peak = {name: median(part[-1]["peak_GiB"] for part in parts) for name, parts in lines.items()}
-    speed = inference_speeds(chosen, device)
-    return {name: accounting(chosen[name], chosen["base"]) | {
-        "s/step, full = 1": round(rate["full"] / rate[name], 2),
-        "peak memory, full = 1": round(peak[name] / peak["full"], 2),
-        "inference tokens/s, base = 1": round(speed[name] / speed["base"], 2)} for name in lines}
+            "updated per step": round(updated), "rows touched": touched,
+            "file, MB": round(sum(part.stat().st_size for part in parts) / 1e6, 2)}
 
 
 def frontier(studied, names):
@@ -651,7 +620,7 @@ def study(runs, args):
               for name in STUDY[TABLE_1] if name in found}
     labels = {name: f"{name}, lr {studied[name]['chosen']:g} of {min(sweep):g} to {max(sweep):g}"
               if len(sweep) > 1 else name for name, sweep in found.items() if name in names}
-    cost = costs(found, chosen, args.device)
+    cost = {name: accounting(run, base) for name, run in chosen.items() if name != "base"}
     parts = {title: table({labels[name]: average(studied[name]["test"])
                            for name in names if name in found}) for title, names in STUDY.items()}
     parts["What it costs, as in Table 3 of [Gupta26]"] = markdown("run", {
@@ -666,49 +635,167 @@ def study(runs, args):
     print(text)
 
 
+# ------------------------------------------------------------------------------------------------
+# What it costs: training steps, inference and files of a random model of a real shape
+
 QWEN = dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
             num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
-STEPS = {"stage 1": ("train_retrofit", []), "SMF": ("train_sparse", []),
-         "LoRA": ("baselines", ["--method=lora"]), "full": ("baselines", ["--method=full"])}
+STEPS = {  # name: script and flags
+    "stage 1": "train_retrofit", "SMF": "train_sparse", "LoRA": "baselines --method=lora",
+    "full": "baselines --method=full",
+    "SMF, whole batches": "train_sparse --micro-batch-size={batch}",
+    "SMF, one memory": "train_sparse --layers={middle}",
+    "SMF, one memory, N = 1,048,576": "train_sparse --layers={middle} --n-keys=1024"}
+RACES = [("SMF", "full"), ("SMF", "LoRA"), ("SMF", "stage 1"), ("SMF", "SMF, whole batches"),
+         ("SMF, one memory, N = 1,048,576", "SMF, one memory")]
 
 
-def step_cost(name, shape, flags):
-    """Two steps of a method of STEPS on a random model -> the second's line of metrics.jsonl.
+def random_model(config, args, dtype=None):
+    """A model of this configuration with random weights, frozen, as from smf.load_base."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype or args.dtype))
+    return model.to(args.device).requires_grad_(False).eval()
+
+
+def step_costs(command, config, turns, turn, rounds):
+    """The training loop of a script, on a random model and a batch of random examples.
 
     Every example is --max-length long; stage 1 predicts all of it, the others the last 16 tokens.
+    turns: a semaphore for each runner of a race; this one steps at turns[turn], then the next.
+    -> seconds of a step in every round, after one to warm up; GiB of peak memory beyond the base
+    model; for SMF, seconds of selecting a batch's rows.
     """
-    module, method = STEPS[name]
+    module, *flags = command.split()
     script = importlib.import_module(module)  # not at the top: it imports this file
-    args = argparse.Namespace(**vars(smf.parse("", script.FLAGS, flags + method)) | {"lr": 1e-4})
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(shape) if smf.local(shape) else Qwen2Config(**QWEN)
-    dtype = getattr(torch, "float32" if name == "full" else args.dtype)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(args.device)
-    if name == "LoRA":
+    args = argparse.Namespace(**vars(smf.parse("", script.FLAGS, flags)) | {"lr": 1e-4})
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    full = module == "baselines" and args.method == "full"
+    model = random_model(config, args, "float32" if full else None)
+    before = smf.peak_memory(args.device)
+    if full:
+        model.requires_grad_(True)
+    elif module == "baselines":
         script.add_lora(model)
-    if name in ("stage 1", "SMF"):
+    else:
         importlib.import_module("train_retrofit").add_memories(model, args)
-    if name == "SMF":
+    if module == "train_sparse":
         model.requires_grad_(False)
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
-    examples = [smf.Example(row, 1 if name == "stage 1" else len(row) - 16) for row in ids]
+    start = 1 if module == "train_retrofit" else args.max_length - 16
+    examples, training = [smf.Example(row, start) for row in ids], smf.training
+
+    def in_turn(*given):
+        for step in training(*given):
+            turns[turn].acquire()
+            yield step
+            turns[(turn + 1) % len(turns)].release()
+
+    smf.training = in_turn
     with tempfile.TemporaryDirectory() as run:
-        args.micro_batch_size = args.micro_batch_size or args.batch_size
-        script.train(model, examples, 2, Path(run), 0, {}, args)
-        return metrics(Path(run))[-1]
+        script.train(model, examples, rounds + 1, Path(run), 0, {}, args)
+        lines = metrics(Path(run))
+    smf.training, memory, selecting = training, smf.peak_memory(args.device) - before, 0
+    if module == "train_sparse":
+        with smf.record_reads(model) as tapes:
+            masks = smf.backward(model, examples, args.micro_batch_size)[1]
+        began = time.perf_counter()
+        for layer, table in smf.memories(model).items():
+            script.select(table, tapes[layer], masks, 0, args)
+        selecting = time.perf_counter() - began
+    seconds = [sum(map(len, ids)) / line["tokens/s"] for line in lines[1:]]
+    return seconds, memory, selecting
 
 
-def cost(args):
-    """Markdown: speed and peak memory of a step of every method, each in a process of its own."""
+def race(commands, config, rounds):
+    """step_costs of commands, each in a process of its own; they take turns, step by step."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(len(commands), context) as runners:
+        turns = [manager.Semaphore(int(turn == 0)) for turn in range(len(commands))]
+        results = [runners.submit(step_costs, command, config, turns, turn, rounds)
+                   for turn, command in enumerate(commands)]
+        try:
+            return [result.result() for result in results]
+        except BrokenProcessPool:
+            raise smf.Refused(f"--cost: {' or '.join(commands)} was killed, as when memory runs "
+                              f"out; give a smaller --batch-size or --max-length") from None
+
+
+def variants(config, flags):
+    """{name: (model, the tensors that are stored for it)} of all that inference is measured of."""
+    retrofit, lora = (importlib.import_module(name) for name in ("train_retrofit", "baselines"))
+    args = smf.parse("", retrofit.FLAGS, flags)
+    base, merged, adapted, *retrofitted = (random_model(config, args) for _ in range(5))
+    adapters = {name: p for name, p in lora.add_lora(adapted).eval().named_parameters()
+                if name.endswith((".A", ".B"))}
+    found = {"base": (base, dict(base.named_parameters()))}
+    for args.mode, model in zip(("additive", "replacement"), retrofitted):
+        retrofit.add_memories(model, args)
+        found[args.mode] = model, smf.memory_state(model)
+    found["LoRA"] = adapted, adapters
+    found["LoRA, merged, or full"] = merged, found["base"][1]
+    return found
+
+
+@torch.no_grad()
+def inference_speeds(models, rounds, prompt=512, new=32):
+    """{name: model} -> {name: tokens/s of the prefill of a prompt and of greedy decoding, one
+    sequence}, medians of interleaved rounds."""
+    ids = torch.ones(1, prompt, dtype=torch.int64, device=next(iter(models.values())).device)
+    times, order = {name: [] for name in models}, list(models)
+    for _ in tqdm(range(rounds + 1), desc="inference", leave=False):  # the first to warm up
+        order.append(order.pop(0))  # nobody is always first
+        for name in order:
+            began = time.perf_counter()
+            models[name](ids, logits_to_keep=1).logits.sum().item()  # waits for the GPU
+            middle = time.perf_counter()
+            models[name].generate(ids[:, :16], attention_mask=ids[:, :16], do_sample=False,
+                                  min_new_tokens=new, max_new_tokens=new)
+            times[name].append((middle - began, time.perf_counter() - middle))
+    medians = {name: [median(column) for column in zip(*part[1:])] for name, part in times.items()}
+    return {name: (prompt / prefill, new / decode) for name, (prefill, decode) in medians.items()}
+
+
+def storage(tensors):
+    """Write tensors to a file and read it -> MB, seconds of writing, seconds of reading."""
+    with tempfile.TemporaryDirectory() as directory:
+        file, began = Path(directory, "file"), time.perf_counter()
+        smf.write_tensors(file, tensors)
+        middle = time.perf_counter()
+        smf.read_tensors(file)
+        return file.stat().st_size / 1e6, middle - began, time.perf_counter() - middle
+
+
+def cost(args, rounds=5):
+    """Markdown of races between steps, and of inference; ratios of medians."""
     if args.cost != "qwen2.5-0.5b" and not smf.local(args.cost):
         raise smf.Refused(f"--cost {args.cost}: is no model directory; name one, or qwen2.5-0.5b")
+    config = AutoConfig.from_pretrained(smf.local(args.cost)) if smf.local(args.cost) else (
+        Qwen2Config(**QWEN))
+    flags = [f"--{name}={vars(args)[name.replace('-', '_')]}"
+             for name in ("preset", "device", "batch-size", "max-length")]
+    steps = {name: " ".join([command.format(batch=args.batch_size,
+                                            middle=config.num_hidden_layers // 2), *flags])
+             for name, command in STEPS.items()}
+    races = {}
+    for pair in RACES:
+        (own, memory, selecting), (other, others, _) = race([steps[name] for name in pair], config,
+                                                            rounds)
+        own, other = median(own), median(other)
+        races[" / ".join(pair)] = {
+            "s/step": f"{own:.3g} / {other:.3g} = {own / other:.2f}",
+            "GiB beyond the base": f"{memory:.2f} / {others:.2f} = {memory / others:.2f}",
+            "selection": f"{selecting / own:.1%} of a step"}
+    found = variants(config, flags[:2])
+    speeds = inference_speeds({name: model for name, (model, _) in found.items()}, rounds)
     rows = {}
-    flags = [f"--preset={args.preset}", f"--device={args.device}", f"--batch-size={args.batch_size}"]
-    for name in STEPS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            line = fresh.submit(step_cost, name, args.cost, flags).result()
-        rows[name] = {"tokens/s": f"{line['tokens/s']:,}", "peak GiB": f"{line['peak_GiB']:.2f}"}
-    return markdown("step", rows)
+    for name, (_, tensors) in found.items():
+        file, save, load = storage(tensors)
+        titles = ("prefill, tokens/s", "decode, tokens/s")
+        rows[name] = {title: f"{own:.3g}, of the base's {own / base:.2f}"
+                      for title, own, base in zip(titles, speeds[name], speeds["base"])}
+        rows[name] |= {"file, MB": f"{file:.2f}", "save, s": f"{save:.2f}",
+                       "load, s": f"{load:.2f}"}
+    return f"{markdown('step of', races)}\n\n{markdown('inference', rows)}"
 
 
 def main(argv=None):

@@ -544,10 +544,14 @@ def read_config(run_dir):
     return config
 
 
+def weights(run_dir):
+    """The file, or directory, that a run is finished with."""
+    return Path(run_dir, WEIGHTS[read_config(run_dir)["kind"]])
+
+
 def finished(run_dir):
     """Whether a run is there and came to its end."""
-    path = Path(run_dir)
-    return (path / "config.json").exists() and (path / WEIGHTS[read_config(path)["kind"]]).exists()
+    return Path(run_dir, "config.json").exists() and weights(run_dir).exists()
 
 
 @torch.no_grad()
@@ -799,7 +803,7 @@ def log_step(run, metrics, batch, start, device):
     if rank()[0] > 0:
         return
     tokens = sum(len(ids) for ids, _ in batch)
-    metrics |= {"tokens/s": round(tokens / (time.perf_counter() - start)),
+    metrics |= {"tokens/s": round(tokens / (time.perf_counter() - start), 1),
                 "peak_GiB": round(peak_memory(device), 3)}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
@@ -870,6 +874,9 @@ def peak_memory(device):
     """Peak memory of this process, GiB: on the GPU if the device is one, else in main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "linux":  # where getrusage begins with the peak of the parent
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
     import resource  # not on Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import baselines
 import eval as evaluation
@@ -1364,21 +1364,11 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
     assert calls == ["test", "validation", "test"]
 
 
-def copied(run, path, rate, peak):
-    """A run elsewhere, with the speed and memory of its steps made up."""
-    shutil.copytree(run, path)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (path / "metrics.jsonl").write_text("".join(
-        json.dumps(line | {"tokens/s": rate, "peak_GiB": peak}) + "\n" for line in lines))
-
-
 def test_the_study_counts_parameters_and_writes_its_files(
     runs, baseline_runs, tmp_path, monkeypatch, capsys
 ):
     fake_evaluated(
         monkeypatch, lambda name, split: 0.25 * name.count("lr") + 0.5 * (split == "test"))
-    monkeypatch.setattr(evaluation, "inference_speeds",
-                        lambda runs, device: {name: 3 if name == "base" else 2 for name in runs})
     if not importlib.util.find_spec("matplotlib"):
         monkeypatch.setattr(evaluation, "plot", lambda studied, path: path.touch())
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
@@ -1390,8 +1380,7 @@ def test_the_study_counts_parameters_and_writes_its_files(
     sources = [*made.glob("*-seed0"), baseline_runs / "lora", baseline_runs / "full"]
     for run in sources:
         name = run.name if "-seed" in run.name else f"{run.name}-seed0"
-        full = name == "full-seed0"
-        copied(run, tmp_path / "out" / name, 50 if full else 100, 2 if full else 1)
+        shutil.copytree(run, tmp_path / "out" / name)
     paths = map(str, (tmp_path / "out").iterdir())
     evaluation.main([*paths, f"--results={tmp_path / 'results'}"])
     text = (tmp_path / "results/tables.md").read_text()
@@ -1403,16 +1392,16 @@ def test_the_study_counts_parameters_and_writes_its_files(
     base, memory, mlp = 253_504, 3 * (1024 * 64 + 64 * 128 + 128 * 32 + 2 * 64 * 64), 3 * 64 * 128
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
     cost = {name: list(row.values()) for name, row in result["costs"].items()}
-    assert cost["full"] == [base, 0, base, None, 1, 1, 0.67]
-    assert cost["lora"] == [lora, 0, lora, None, 0.5, 0.5, 0.67]
+    size = sum(file.stat().st_size for file in (baseline_runs / "full/model").iterdir())
+    assert cost["full"] == [base, 0, base, None, round(size / 1e6, 2)]
+    assert cost["lora"][:4] == [lora, 0, lora, None] and cost["lora"][4] == pytest.approx(
+        lora * 4 / 1e6, abs=0.01)
     assert cost["additive-tfidf"][:3] == [memory + 3, memory + 3, 27 * 64]
-    assert cost["additive-kl+s"][2] == 27 * 64 + 3 and 9 < cost["additive-kl+s"][3] <= 6 * 27
+    assert cost["additive-kl+s"][2] == 27 * 64 + 3
+    touched, file = cost["additive-kl+s"][3:]
+    assert 27 < touched <= 6 * 27
+    assert file == pytest.approx(touched * (64 * 4 + 8) / 1e6, abs=0.01)
     assert cost["replacement-kl"][:2] == [memory, memory - 3 * mlp]
-
-
-def test_inference_speed_is_measured(baseline_runs):
-    speeds = evaluation.inference_speeds({"lora": baseline_runs / "lora"}, "cpu", 1, 4)
-    assert list(speeds) == ["lora"] and speeds["lora"] > 0
 
 
 def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatch, capsys):
@@ -1425,37 +1414,60 @@ def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatc
     assert "is a file" in refused(capsys, evaluation.main, *argv)
 
 
-def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch, capsys):
-    seen = {}
+def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch):
+    seen, turned = [], []
 
     def spy(script):
         train = script.train
 
-        def spied(model, examples, steps, run, *rest):
-            train(model, examples, steps, run, *rest)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            seen.setdefault(script.__name__, []).append((trained, len(examples), {
-                (len(example.ids), example.start) for example in examples}))
-        return spied
+        def spied(model, examples, steps, run, step, checkpoint, args):
+            train(model, examples, steps, run, step, checkpoint, args)
+            rows = {layer: len(memory.values) for layer, memory in smf.memories(model).items()}
+            seen.append((sum(p.numel() for p in model.parameters() if p.requires_grad), rows,
+                         {(len(example.ids), example.start) for example in examples},
+                         len(examples), args.micro_batch_size))
+        monkeypatch.setattr(script, "train", spied)
 
     for script in (train_retrofit, train_sparse, baselines):
-        monkeypatch.setattr(script, "train", spy(script))
-    with monkeypatch.context() as patch:  # so that the spies see it: all in this process
-        pool = SimpleNamespace(submit=lambda f, *given: SimpleNamespace(result=lambda: f(*given)))
-        patch.setattr(evaluation, "ProcessPoolExecutor", lambda *_: nullcontext(pool))
-        evaluation.main(["--cost=tiny/model", "--batch-size=8"])
-    printed = capsys.readouterr().out
-    for name in evaluation.STEPS:
-        assert re.search(rf"\| {name} \| [1-9][\d,]* \| (?!0\.00)\d\.\d\d \|", printed)
+        spy(script)
+    turns = [SimpleNamespace(acquire=lambda i=i: turned.append(f"wait for {i}"),
+                             release=lambda i=i: turned.append(f"let {i}")) for i in range(2)]
+    config = AutoConfig.from_pretrained(ROOT / "tiny/model")
+    for name, command in evaluation.STEPS.items():
+        command = command.format(batch=8, middle=2)
+        command += " --device=cpu --batch-size=8" + " --micro-batch-size=4" * (name == "SMF")
+        seconds, memory, selecting = evaluation.step_costs(command, config, turns, 1, rounds=2)
+        assert len(seconds) == 2 and min(seconds) > 0 and memory >= 0
+        assert (0 < selecting < 1) == ("SMF" in name)
+    assert turned == ["wait for 1", "let 0"] * 3 * len(evaluation.STEPS)
     memory = 3 * (16384 * 64 + 64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64) + 3
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
-    assert seen == {"train_retrofit": [(memory, 8, {(128, 1)})],
-                    "train_sparse": [(0, 8, {(128, 112)})],
-                    "baselines": [(lora, 8, {(128, 112)}), (253_504, 8, {(128, 112)})]}
-    monkeypatch.setattr(evaluation, "STEPS", {"SMF": evaluation.STEPS["SMF"]})
-    evaluation.main(["--cost=tiny/model"])  # in a process of its own
-    assert "| SMF |" in capsys.readouterr().out
+    three = dict.fromkeys((1, 2, 3), 16384)
+    assert seen == [(memory, three, {(128, 1)}, 8, 8), (0, three, {(128, 112)}, 8, 4),
+                    (lora, {}, {(128, 112)}, 8, 8), (253_504, {}, {(128, 112)}, 8, 8),
+                    (0, three, {(128, 112)}, 8, 8), (0, {2: 16384}, {(128, 112)}, 8, 8),
+                    (0, {2: 1_048_576}, {(128, 112)}, 8, 8)]
+
+
+def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "RACES", [("SMF", "LoRA")])  # in two processes
+    evaluation.main(["--cost=tiny/model", "--batch-size=4", "--max-length=32"])
+    race, base, additive, replacement, lora, merged = [
+        line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [A-Zabr]", line)
+        and "s/step" not in line and "prefill" not in line]
+    ratio = r"[\d.]+ / [\d.]+ = [\d.]+"
+    assert re.fullmatch(rf"\| SMF / LoRA \| {ratio} \| {ratio} \| [\d.]+% of a step \|", race)
+    assert base.startswith("| base |") and base.count("of the base's 1.00") == 2
+    memory = 3 * (16384 * (64 * 4 + 16) + 4 * (64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64))
+    sizes = [float(row.split(" | ")[3]) for row in (base, additive, replacement, lora, merged)]
+    lora = 4 * 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
+    exact = [253_504 * 4, memory, memory, lora, 253_504 * 4]
+    assert sizes == pytest.approx([size / 1e6 for size in exact], abs=0.06)
     assert "--cost nothing" in refused(capsys, evaluation.main, "--cost=nothing")
+    (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(smf.Refused, match="dies was killed"):
+        evaluation.race(["dies"], None, 1)
 
 
 def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsys):
