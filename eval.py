@@ -657,21 +657,16 @@ def random_model(config, args, dtype=None):
     return model.to(args.device).requires_grad_(False).eval()
 
 
-def step_costs(command, config, turns, turn, rounds):
-    """The training loop of a script, on a random model and a batch of random examples.
-
-    Every example is --max-length long; stage 1 predicts all of it, the others the last 16 tokens.
-    turns: a semaphore for each runner of a race; this one steps at turns[turn], then the next.
-    -> seconds of a step in every round, after one to warm up; GiB of peak memory beyond the base
-    model; for SMF, seconds of selecting a batch's rows.
-    """
+def trainee(command, config):
+    """A script and its flags -> the script's module, its arguments, a random model made ready for
+    its training loop, and the GiB that the model alone took."""
     module, *flags = command.split()
     script = importlib.import_module(module)  # not at the top: it imports this file
     args = argparse.Namespace(**vars(smf.parse("", script.FLAGS, flags)) | {"lr": 1e-4})
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     full = module == "baselines" and args.method == "full"
     model = random_model(config, args, "float32" if full else None)
-    before = smf.peak_memory(args.device)
+    alone = smf.peak_memory(args.device)
     if full:
         model.requires_grad_(True)
     elif module == "baselines":
@@ -680,8 +675,30 @@ def step_costs(command, config, turns, turn, rounds):
         importlib.import_module("train_retrofit").add_memories(model, args)
     if module == "train_sparse":
         model.requires_grad_(False)
+    return script, args, model, alone
+
+
+def selection_time(script, model, examples, args):
+    """Seconds that train_sparse.py takes to choose the rows of a batch, and add up their gradient."""
+    with smf.record_reads(model) as tapes:
+        masks = smf.backward(model, examples, args.micro_batch_size)[1]
+    began = time.perf_counter()
+    for layer, memory in smf.memories(model).items():
+        script.select(memory, tapes[layer], masks, 0, args)
+    return time.perf_counter() - began
+
+
+def step_costs(command, config, turns, turn, rounds):
+    """The training loop of a script, on a random model and a batch of random examples.
+
+    Every example is --max-length long; stage 1 predicts all of it, the others the last 16 tokens.
+    turns: a semaphore for each runner of a race; this one steps at turns[turn], then the next.
+    -> seconds of a step in every round, after one to warm up; GiB of peak memory beyond the base
+    model; for SMF, seconds of selecting a batch's rows.
+    """
+    script, args, model, alone = trainee(command, config)
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
-    start = 1 if module == "train_retrofit" else args.max_length - 16
+    start = 1 if script.__name__ == "train_retrofit" else args.max_length - 16
     examples, training = [smf.Example(row, start) for row in ids], smf.training
 
     def in_turn(*given):
@@ -694,16 +711,10 @@ def step_costs(command, config, turns, turn, rounds):
     with tempfile.TemporaryDirectory() as run:
         script.train(model, examples, rounds + 1, Path(run), 0, {}, args)
         lines = metrics(Path(run))
-    smf.training, memory, selecting = training, smf.peak_memory(args.device) - before, 0
-    if module == "train_sparse":
-        with smf.record_reads(model) as tapes:
-            masks = smf.backward(model, examples, args.micro_batch_size)[1]
-        began = time.perf_counter()
-        for layer, table in smf.memories(model).items():
-            script.select(table, tapes[layer], masks, 0, args)
-        selecting = time.perf_counter() - began
+    smf.training, memory = training, smf.peak_memory(args.device) - alone
+    sparse = script.__name__ == "train_sparse"
     seconds = [sum(map(len, ids)) / line["tokens/s"] for line in lines[1:]]
-    return seconds, memory, selecting
+    return seconds, memory, selection_time(script, model, examples, args) if sparse else 0
 
 
 def race(commands, config, rounds):
