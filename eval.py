@@ -679,7 +679,7 @@ def trainee(command, config):
 
 
 def selection_time(script, model, examples, args):
-    """Seconds that train_sparse.py takes to choose the rows of a batch, and add up their gradient."""
+    """Seconds that train_sparse.py takes to choose a batch's rows and add up their gradient."""
     with smf.record_reads(model) as tapes:
         masks = smf.backward(model, examples, args.micro_batch_size)[1]
     began = time.perf_counter()
