@@ -419,8 +419,10 @@ def run_settings(run, args):
 # ------------------------------------------------------------------------------------------------
 # The study: sweeps of learning rates, the tables, the frontier, what it costs
 
-TABLE_1 = "Methods, as in Table 1 of [Gupta26]"
+HEADLINE, TABLE_1 = "SMF against LoRA and full finetuning", "Methods, as in Table 1 of [Gupta26]"
 STUDY = {  # title: conditions, as run directories are named without -lr and -seed
+    HEADLINE: ("base", "additive-tfidf", "additive-all", "additive-tfidf-fresh",
+               "additive-all-fresh", "lora", "full"),
     TABLE_1: ("base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf",
               "additive-kl+s", "additive-tfidf+s", "additive-kl-fresh", "additive-tfidf-fresh",
               "additive-kl+s-fresh", "additive-tfidf+s-fresh", "lora", "full"),
@@ -545,14 +547,14 @@ def frontier(studied, names):
     return curves
 
 
-def plot(studied, path):
-    """The frontiers: target gain against each forgetting probe; the chosen point ringed, the base a
-    line."""
+def plot(studied, titles, path):
+    """The frontiers of these parts of STUDY: target gain against each forgetting probe; the chosen
+    point ringed, the base a line."""
     import matplotlib
     from matplotlib import pyplot
     matplotlib.use("Agg")  # no screen
     base = average(studied["base"]["validation"][None])
-    curves = {title: frontier(studied, names) for title, names in STUDY.items()}
+    curves = {title: frontier(studied, STUDY[title]) for title in titles}
     curves = {title: part for title, part in curves.items() if part}
     figure, axes = pyplot.subplots(len(curves), 2, figsize=(11, 4 * len(curves)), squeeze=False)
     for (title, part), pair in zip(curves.items(), axes):
@@ -566,6 +568,8 @@ def plot(studied, path):
                           xycoords=axis.get_yaxis_transform())
             axis.set(title=title, xlabel="target gain", ylabel=probe.replace("_", " "),
                      yscale=("log", "linear")[i])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if i == 0 else "")
         pair[0].set_ylim(top=min(pair[0].get_ylim()[1], 6 * base["perplexity"][0]))  # cut off
         pair[0].legend(fontsize="small")
     figure.tight_layout()
@@ -600,7 +604,7 @@ def plot_stage_1(runs, path):
 
 
 def study(runs, args):
-    """All of it -> tables.md, frontier.png and results.json in the directory --results."""
+    """All of it -> tables.md, headline.png, frontier.png and results.json in --results."""
     if args.results.is_file():
         raise smf.Refused(f"--results {args.results}: is a file; name a directory")
     tasks = {run: smf.read_config(run).get("arguments", {}).get("task") for run in runs}
@@ -631,7 +635,8 @@ def study(runs, args):
     smf.write_atomic(args.results / "tables.md", lambda path: path.write_text(text))
     smf.write_json(args.results / "results.json", {"figures": studied, "costs": cost})
     if any(len(sweep) > 1 for sweep in found.values()):
-        plot(studied, args.results / "frontier.png")
+        plot(studied, [HEADLINE], args.results / "headline.png")
+        plot(studied, STUDY, args.results / "frontier.png")
     print(text)
 
 

@@ -1370,7 +1370,7 @@ def test_the_study_counts_parameters_and_writes_its_files(
     fake_evaluated(
         monkeypatch, lambda name, split: 0.25 * name.count("lr") + 0.5 * (split == "test"))
     if not importlib.util.find_spec("matplotlib"):
-        monkeypatch.setattr(evaluation, "plot", lambda studied, path: path.touch())
+        monkeypatch.setattr(evaluation, "plot", lambda studied, titles, path: path.touch())
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     made = tmp_path / "made"
     for lr in (0.1, 1):
@@ -1388,7 +1388,8 @@ def test_the_study_counts_parameters_and_writes_its_files(
     assert "| additive-tfidf, lr 0.1 of 0.1 to 1 | 0.750 |" in text and "| lora | 0.500 |" in text
     result = smf.read_json(tmp_path / "results/results.json")
     assert result["figures"]["additive-tfidf"]["chosen"] == 0.1
-    assert (tmp_path / "results/frontier.png").exists()
+    for name in ("headline", "frontier"):
+        assert (tmp_path / f"results/{name}.png").exists()
     base, memory, mlp = 253_504, 3 * (1024 * 64 + 64 * 128 + 128 * 32 + 2 * 64 * 64), 3 * 64 * 128
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
     cost = {name: list(row.values()) for name, row in result["costs"].items()}
