@@ -41,7 +41,7 @@ MEMORY = {  # columns as in smf.COMMON
     "heads": (whole, 4, 4, "H"),
     "k-dim": (whole, 32, 256, "width of a head's query"),
     "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
-    "scale": (positive, 1.0, 0.01, "alpha before stage 1"),
+    "scale": (positive, 1.0, 1.0, "alpha before stage 1 (ours, see README; [Gupta26]: 0.01)"),
     "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
     "background": (whole, 1000, 2000, "examples for the background statistics"),
 }
