@@ -1438,7 +1438,7 @@ def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch):
         command = command.format(batch=8, middle=2)
         command += " --device=cpu --batch-size=8" + " --micro-batch-size=4" * (name == "SMF")
         seconds, memory, selecting = evaluation.step_costs(command, config, turns, 1, rounds=2)
-        assert len(seconds) == 2 and min(seconds) > 0 and memory >= 0
+        assert len(seconds) == 2 and min(seconds) > 0 and memory > -0.01  # the kernel rounds
         assert (0 < selecting < 1) == ("SMF" in name)
     assert turned == ["wait for 1", "let 0"] * 3 * len(evaluation.STEPS)
     memory = 3 * (16384 * 64 + 64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64) + 3
