@@ -621,7 +621,7 @@ def study(runs, args):
     names = list(dict.fromkeys(name for names in STUDY.values() for name in names if name in found))
     studied = {name: measured(found[name], own) for name in names}
     chosen = {name: next(iter(found[name][studied[name]["chosen"]].values()))
-              for name in STUDY[TABLE_1] if name in found}
+              for name in dict.fromkeys(STUDY[HEADLINE] + STUDY[TABLE_1]) if name in found}
     labels = {name: f"{name}, lr {studied[name]['chosen']:g} of {min(sweep):g} to {max(sweep):g}"
               if len(sweep) > 1 else name for name, sweep in found.items() if name in names}
     cost = {name: accounting(run, base) for name, run in chosen.items() if name != "base"}

@@ -23,8 +23,8 @@ import smf
 import train_retrofit
 from smf import natural, positive, whole
 
-# tiny: the study's choice for tfidf, README has the others'. paper: not measured at its 11,250 steps;
-# as if rate times steps decided, from 60 steps of SmolLM2-135M, which need 32 (README).
+# tiny: the study's choice for tfidf, README has the others'. paper: not measured at its 11,250
+# steps; as if rate times steps decided, from 60 steps of SmolLM2-135M, which need 32 (README).
 LEARNING_RATE = {
     "tiny": {"adamw": 0.5, "sgd": 6000.0},
     "paper": {"adamw": 0.3, "sgd": 6000.0},
@@ -101,7 +101,7 @@ def select(memory, reads, masks, step, args):
 
 
 def touched(model, optimizers):
-    """All that differs from the retrofit but the alphas: rows and their values, see smf.load_rows."""
+    """What differs from the retrofit, but the alphas: rows and values, see smf.load_rows."""
     tensors = {}
     for layer, memory in smf.memories(model).items():
         rows = optimizers[f"{layer}.values"].state["rows"].sort().values  # (rows touched,)
