@@ -650,9 +650,11 @@ STEPS = {  # name: script and flags
     "full": "baselines --method=full",
     "SMF, whole batches": "train_sparse --micro-batch-size={batch}",
     "SMF, one memory": "train_sparse --layers={middle}",
-    "SMF, one memory, N = 1,048,576": "train_sparse --layers={middle} --n-keys=1024"}
+    "SMF, one memory, N = 1,048,576": "train_sparse --layers={middle} --n-keys=1024",
+    "peft's LoRA": "peft --method=lora"}  # the loop of baselines.py, the adapters of peft
 RACES = [("SMF", "full"), ("SMF", "LoRA"), ("SMF", "stage 1"), ("SMF", "SMF, whole batches"),
          ("SMF, one memory, N = 1,048,576", "SMF, one memory")]
+RACES += [("SMF", "peft's LoRA")] * bool(importlib.util.find_spec("peft"))
 
 
 def random_model(config, args, dtype=None):
@@ -666,6 +668,8 @@ def trainee(command, config):
     """A script and its flags -> the script's module, its arguments, a random model made ready for
     its training loop, and the GiB that the model alone took."""
     module, *flags = command.split()
+    peft = importlib.import_module("peft") if module == "peft" else None
+    module = "baselines" if peft else module
     script = importlib.import_module(module)  # not at the top: it imports this file
     args = argparse.Namespace(**vars(smf.parse("", script.FLAGS, flags)) | {"lr": 1e-4})
     args.micro_batch_size = args.micro_batch_size or args.batch_size
@@ -674,6 +678,10 @@ def trainee(command, config):
     alone = smf.peak_memory(args.device)
     if full:
         model.requires_grad_(True)
+    elif peft:
+        peft.inject_adapter_in_model(peft.LoraConfig(
+            r=script.R, lora_alpha=script.ALPHA, lora_dropout=script.DROPOUT,
+            target_modules="all-linear"), model)
     elif module == "baselines":
         script.add_lora(model)
     else:
@@ -699,7 +707,7 @@ def step_costs(command, config, turns, turn, rounds):
     Every example is --max-length long; stage 1 predicts all of it, the others the last 16 tokens.
     turns: a semaphore for each runner of a race; this one steps at turns[turn], then the next.
     -> seconds of a step in every round, after one to warm up; GiB of peak memory beyond the base
-    model; for SMF, seconds of selecting a batch's rows.
+    model; GiB of it in value tables; for SMF, seconds of selecting a batch's rows.
     """
     script, args, model, alone = trainee(command, config)
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
@@ -719,7 +727,9 @@ def step_costs(command, config, turns, turn, rounds):
     smf.training, memory = training, smf.peak_memory(args.device) - alone
     sparse = script.__name__ == "train_sparse"
     seconds = [sum(map(len, ids)) / line["tokens/s"] for line in lines[1:]]
-    return seconds, memory, selection_time(script, model, examples, args) if sparse else 0
+    tables = sum(part.values.nbytes for part in smf.memories(model).values()) / 2**30
+    selecting = selection_time(script, model, examples, args) if sparse else 0
+    return seconds, memory, tables, selecting
 
 
 def race(commands, config, rounds):
@@ -794,13 +804,13 @@ def cost(args, rounds=5):
              for name, command in STEPS.items()}
     races = {}
     for pair in RACES:
-        (own, memory, selecting), (other, others, _) = race([steps[name] for name in pair], config,
-                                                            rounds)
-        own, other = median(own), median(other)
+        results = race([steps[name] for name in pair], config, rounds)
+        seconds, memory, rest = zip(*((median(times), peak, peak - tables)
+                                      for times, peak, tables, _ in results))
         races[" / ".join(pair)] = {
-            "s/step": f"{own:.3g} / {other:.3g} = {own / other:.2f}",
-            "GiB beyond the base": f"{memory:.2f} / {others:.2f} = {memory / others:.2f}",
-            "selection": f"{selecting / own:.1%} of a step"}
+            title: f"{own:.3g} / {other:.3g} = {own / other:.2f}" for title, (own, other) in (
+                ("s/step", seconds), ("GiB beyond the base", memory), ("and beyond V", rest))}
+        races[" / ".join(pair)]["selection"] = f"{results[0][-1] / seconds[0]:.1%} of a step"
     found = variants(config, flags[:2])
     speeds = inference_speeds({name: model for name, (model, _) in found.items()}, rounds)
     rows = {}

@@ -1434,20 +1434,24 @@ def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch):
     turns = [SimpleNamespace(acquire=lambda i=i: turned.append(f"wait for {i}"),
                              release=lambda i=i: turned.append(f"let {i}")) for i in range(2)]
     config = AutoConfig.from_pretrained(ROOT / "tiny/model")
-    for name, command in evaluation.STEPS.items():
+    steps = {name: command for name, command in evaluation.STEPS.items()
+             if name != "peft's LoRA" or importlib.util.find_spec("peft")}
+    for name, command in steps.items():
         command = command.format(batch=8, middle=2)
         command += " --device=cpu --batch-size=8" + " --micro-batch-size=4" * (name == "SMF")
-        seconds, memory, selecting = evaluation.step_costs(command, config, turns, 1, rounds=2)
+        seconds, memory, V, selecting = evaluation.step_costs(command, config, turns, 1, rounds=2)
         assert len(seconds) == 2 and min(seconds) > 0 and memory > -0.01  # the kernel rounds
+        assert V == sum(seen[-1][1].values()) * 64 * 4 / 2**30
         assert (0 < selecting < 1) == ("SMF" in name)
-    assert turned == ["wait for 1", "let 0"] * 3 * len(evaluation.STEPS)
+    assert turned == ["wait for 1", "let 0"] * 3 * len(steps)
     memory = 3 * (16384 * 64 + 64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64) + 3
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
     three = dict.fromkeys((1, 2, 3), 16384)
     assert seen == [(memory, three, {(128, 1)}, 8, 8), (0, three, {(128, 112)}, 8, 4),
                     (lora, {}, {(128, 112)}, 8, 8), (253_504, {}, {(128, 112)}, 8, 8),
                     (0, three, {(128, 112)}, 8, 8), (0, {2: 16384}, {(128, 112)}, 8, 8),
-                    (0, {2: 1_048_576}, {(128, 112)}, 8, 8)]
+                    (0, {2: 1_048_576}, {(128, 112)}, 8, 8),
+                    (lora, {}, {(128, 112)}, 8, 8)][:len(steps)]
 
 
 def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
@@ -1457,7 +1461,7 @@ def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
         line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [A-Zabr]", line)
         and "s/step" not in line and "prefill" not in line]
     ratio = r"[\d.]+ / [\d.]+ = [\d.]+"
-    assert re.fullmatch(rf"\| SMF / LoRA \| {ratio} \| {ratio} \| [\d.]+% of a step \|", race)
+    assert re.fullmatch(rf"\| SMF / LoRA( \| {ratio}){{3}} \| [\d.]+% of a step \|", race)
     assert base.startswith("| base |") and base.count("of the base's 1.00") == 2
     memory = 3 * (16384 * (64 * 4 + 16) + 4 * (64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64))
     sizes = [float(row.split(" | ")[3]) for row in (base, additive, replacement, lora, merged)]
