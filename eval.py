@@ -622,8 +622,10 @@ def study(runs, args):
     studied = {name: measured(found[name], own) for name in names}
     chosen = {name: next(iter(found[name][studied[name]["chosen"]].values()))
               for name in dict.fromkeys(STUDY[HEADLINE] + STUDY[TABLE_1]) if name in found}
-    labels = {name: f"{name}, lr {studied[name]['chosen']:g} of {min(sweep):g} to {max(sweep):g}"
-              if len(sweep) > 1 else name for name, sweep in found.items() if name in names}
+    labels = {name: name for name in names}
+    for name in sweeps(learners, args.task).keys() & labels.keys():
+        grid = f" of {min(found[name]):g} to {max(found[name]):g}" * (len(found[name]) > 1)
+        labels[name] = f"{name}, lr {studied[name]['chosen']:g}{grid}"
     cost = {name: accounting(run, base) for name, run in chosen.items() if name != "base"}
     parts = {title: table({labels[name]: average(studied[name]["test"])
                            for name in names if name in found}) for title, names in STUDY.items()}

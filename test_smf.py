@@ -1381,11 +1381,13 @@ def test_the_study_counts_parameters_and_writes_its_files(
     for run in sources:
         name = run.name if "-seed" in run.name else f"{run.name}-seed0"
         shutil.copytree(run, tmp_path / "out" / name)
+    shutil.copytree(baseline_runs / "lora", tmp_path / "out/of-no-table-seed0")
     paths = map(str, (tmp_path / "out").iterdir())
     evaluation.main([*paths, f"--results={tmp_path / 'results'}"])
     text = (tmp_path / "results/tables.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "| additive-tfidf, lr 0.1 of 0.1 to 1 | 0.750 |" in text and "| lora | 0.500 |" in text
+    assert text in capsys.readouterr().out and "of-no-table" not in text
+    assert "| additive-tfidf, lr 0.1 of 0.1 to 1 | 0.750 |" in text
+    assert "| lora, lr 0.001 | 0.500 |" in text
     result = smf.read_json(tmp_path / "results/results.json")
     assert result["figures"]["additive-tfidf"]["chosen"] == 0.1
     for name in ("headline", "frontier"):
