@@ -532,18 +532,17 @@ def accounting(run, base):
 
 
 def frontier(studied, names):
-    """{condition: (target gain, perplexity, knowledge, index of the chosen)}: a curve for every
-    condition of several learning rates; lists over them, validation split, means over seeds."""
+    """{condition: (target gain, perplexity, knowledge, index of the chosen)} but for the base:
+    lists over the learning rates, validation split, means over seeds."""
     nothing = average(studied["base"]["validation"][None])["target_accuracy"][0]
     curves = {}
-    for name in names:
-        validation = studied[name]["validation"] if name in studied else {}
+    for name in [name for name in names if name in studied.keys() - {"base"}]:
+        validation = studied[name]["validation"]
         points = [average(rows) for rows in validation.values()]
         gain, *probes = ([point[measure][0] for point in points] for measure in
                          ("target_accuracy", "perplexity", "knowledge_accuracy"))
-        if len(points) > 1:
-            chosen = list(validation).index(studied[name]["chosen"])
-            curves[name] = [value - nothing for value in gain], *probes, chosen
+        chosen = list(validation).index(studied[name]["chosen"])
+        curves[name] = [value - nothing for value in gain], *probes, chosen
     return curves
 
 
@@ -555,7 +554,6 @@ def plot(studied, titles, path):
     matplotlib.use("Agg")  # no screen
     base = average(studied["base"]["validation"][None])
     curves = {title: frontier(studied, STUDY[title]) for title in titles}
-    curves = {title: part for title, part in curves.items() if part}
     figure, axes = pyplot.subplots(len(curves), 2, figsize=(11, 4 * len(curves)), squeeze=False)
     for (title, part), pair in zip(curves.items(), axes):
         for i, (axis, probe) in enumerate(zip(pair, ("perplexity", "knowledge_accuracy"))):
@@ -636,9 +634,8 @@ def study(runs, args):
     text = "\n".join(f"{title}\n\n{part}\n" for title, part in parts.items())
     smf.write_atomic(args.results / "tables.md", lambda path: path.write_text(text))
     smf.write_json(args.results / "results.json", {"figures": studied, "costs": cost})
-    if any(len(sweep) > 1 for sweep in found.values()):
-        plot(studied, [HEADLINE], args.results / "headline.png")
-        plot(studied, STUDY, args.results / "frontier.png")
+    plot(studied, [HEADLINE], args.results / "headline.png")
+    plot(studied, STUDY, args.results / "frontier.png")
     print(text)
 
 

@@ -1339,7 +1339,8 @@ def test_the_frontier_is_that_of_the_validation_split():
     }
     curves = evaluation.frontier(studied, ("base", "lora", "single", "missing"))
     gain, perplexity, knowledge, chosen = curves.pop("lora")
-    assert curves == {} and perplexity == [4, 6, 9] and chosen == 1
+    assert curves.pop("single")[1:] == ([4], pytest.approx([0.6]), 0) and curves == {}
+    assert perplexity == [4, 6, 9] and chosen == 1
     assert gain == pytest.approx([0.2, 0.7, 0.5]) and knowledge == pytest.approx([0.6, 0.1, 0.3])
 
 
