@@ -901,6 +901,18 @@ def test_stage_1_trains_the_memories_alone(runs):
     )
 
 
+def test_stage_1_is_adamw_without_decay_and_alpha_has_its_own_rate(tmp_path, monkeypatch):
+    made, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW",
+                        lambda *args, **options: made.append(adamw(*args, **options)) or made[0])
+    train_retrofit.main(["--steps=1", "--examples=32", "--background=40", "--lr=0.1", "--warmup=0",
+                         "--scale-lr=0.3", f"--out={tmp_path / 'run'}", *SMALL])
+    tables, scales = made[0].param_groups
+    for group, lr, number in ((tables, 0.1, 3 * 5), (scales, 0.3, 3)):
+        assert len(group["params"]) == number and group["lr"] == lr
+        assert group["eps"] == 1e-12 and group["weight_decay"] == 0
+
+
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
 def test_a_run_directory_alone_rebuilds_the_model(runs, tmp_path, monkeypatch, mode):
     monkeypatch.chdir(tmp_path)  # from anywhere
@@ -1550,6 +1562,20 @@ def test_scores_of_the_controls():
     assert torch.allclose(of["kl"], smf.kl_scores(counts, memory.background_counts))
     one, same, other = (train_sparse.score_rows("random", memory, counts, i) for i in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_random_rows_are_drawn_anew_at_every_step():
+    model, batch = small_smf(), smf.collate(examples(8))
+    with smf.record_reads(model) as tapes:
+        smf.token_loss(model, batch).sum().backward()
+    layer, memory = next(iter(smf.memories(model).items()))
+
+    def draw(step, seed):
+        args = SimpleNamespace(scorer="random", top_t=20, seed=seed)
+        masks = [batch["attention_mask"]]
+        return train_sparse.select(memory, tapes[layer], masks, step, args)[0].tolist()
+
+    assert draw(0, 0) == draw(0, 0) != draw(1, 0) != draw(0, 1) != draw(0, 0)
 
 
 def test_mean():
