@@ -298,11 +298,16 @@ def settings(args):
     return {name.replace("-", "_"): value for name, value in every.items() if value is not None}
 
 
-def evaluate(model, tokenizer, data, args):
-    """All measures of a model, as eval.json holds them."""
+def check_window(model, args):
+    """Refused if a window of the perplexity is longer than what the model was made for."""
     if args.window > smf.context(model):
         raise smf.Refused(f"--window {args.window}: the model sees {smf.context(model)} tokens at "
                           f"most; give no more")
+
+
+def evaluate(model, tokenizer, data, args):
+    """All measures of a model, as eval.json holds them."""
+    check_window(model, args)
     result = {"settings": settings(args)}
     if args.task == "facts":
         right, likelihood = ask(model, tokenizer, data.target)
@@ -459,7 +464,11 @@ def sweeps(runs, task):
     for run in runs:
         condition = re.sub(rf"(-{task})?(-lr[\d.e-]+)?-seed\d+$", "", run.name)
         arguments = smf.read_config(run)["arguments"]
-        found.setdefault(condition, {}).setdefault(arguments["lr"], {})[arguments["seed"]] = run
+        seeds = found.setdefault(condition, {}).setdefault(arguments["lr"], {})
+        if arguments["seed"] in seeds:
+            raise smf.Refused(f"--results: {run} and {seeds[arguments['seed']]} are of the same "
+                              f"condition, rate and seed; name the runs to compare")
+        seeds[arguments["seed"]] = run
     for condition, sweep in found.items():
         check_alike([run for seeds in sweep.values() for run in seeds.values()])
         if len(sweep) > 1:
@@ -846,14 +855,17 @@ def main(argv=None):
     tables = {}
     for run in sorted(runs, key=lambda run: run_settings(run, args).task):  # a task at a time
         own = run_settings(run, args)
-        rows = tables.setdefault((own.task, own.split), {})
+        taken, rows = tables.setdefault(json.dumps(settings(own)), (settings(own), {}))
         for part in (base_run(run.parent, smf.read_config(run)), run):  # the base on top
             rows.setdefault(part, figures(part, own))
-    for (task, split), rows in tables.items():
+    first, _ = next(iter(tables.values()))
+    for taken, rows in tables.values():  # only what was measured alike is in one table
         names = [run.name for run in rows]
         rows = {run.name if names.count(run.name) == 1 else str(run): row
                 for run, row in rows.items()}
-        print(f"\n{task}, {split} split\n\n{table(rows)}")
+        other = "".join(f", {name} {value}" for name, value in taken.items()
+                        if value != first.get(name) and name not in ("task", "split"))
+        print(f"\n{taken['task']}, {taken['split']} split{other}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -171,6 +171,17 @@ def decoder_blocks(model):
     raise Refused(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
 
 
+def wrappers(model):
+    """{layer: its AdditiveMemory or ReplacementMemory}, the lowest first."""
+    return {layer: block.mlp for layer, block in enumerate(decoder_blocks(model))
+            if isinstance(block.mlp, (AdditiveMemory, ReplacementMemory))}
+
+
+def memories(model):
+    """{layer: its ProductKeyMemory}, the lowest first."""
+    return {layer: wrapper.memory for layer, wrapper in wrappers(model).items()}
+
+
 def retrofit(model, layers, mode="additive", scale=0.01, **memory_shape):
     """Put a memory into the blocks `layers` (0-based) of a Hugging Face decoder, freeze the rest.
 
@@ -192,17 +203,6 @@ def retrofit(model, layers, mode="additive", scale=0.01, **memory_shape):
         new = AdditiveMemory(mlp, memory, scale) if additive else ReplacementMemory(memory)
         blocks[layer].mlp = new.to(next(mlp.parameters()).device)
     return model
-
-
-def wrappers(model):
-    """{layer: its AdditiveMemory or ReplacementMemory}, the lowest first."""
-    return {layer: block.mlp for layer, block in enumerate(decoder_blocks(model))
-            if isinstance(block.mlp, (AdditiveMemory, ReplacementMemory))}
-
-
-def memories(model):
-    """{layer: its ProductKeyMemory}, the lowest first."""
-    return {layer: wrapper.memory for layer, wrapper in wrappers(model).items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -349,9 +349,9 @@ def row_gradient(rows, weights, dy, mask):
 class RowOptimizer:
     """AdamW or SGD for the rows of one table that a step selects; all others stay bit-identical.
 
-    Lazy moments: a row's moments and its age, the number of steps that selected it, advance only
-    when it is selected, and bias correction uses that age. To a row, the steps that passed it over
-    never happened; when first selected, it moves as at Adam's first step.
+    Lazy moments: a row's moments and, for AdamW, its age, the number of steps that selected it,
+    advance only when it is selected, and bias correction uses that age. To a row, the steps that
+    passed it over never happened; when first selected, it moves as at Adam's first step.
     kind: "adamw" or "sgd"; weight decay is decoupled in both. eps: ours; row gradients can be ~1e-8
     (alpha scales them), and the usual 1e-8 would swallow them; added outside of the root, as torch.
     """
@@ -421,7 +421,7 @@ def write_atomic(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+        for file in [*temporary.glob("*"), temporary]:
             sync(file)
         os.replace(temporary, path)
         sync(path.parent)
@@ -441,7 +441,7 @@ def read_json(path):
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path}: cannot be read ({error}); name a run of this project") from None
 
 
@@ -465,10 +465,11 @@ def memory_state(model):
 
 @torch.no_grad()
 def load_memory(model, tensors, source):
-    """Copy a memory_state into a retrofitted model; Refused if names or shapes differ."""
+    """Copy a memory_state into a retrofitted model; Refused if names, shapes or types differ."""
     own = memory_state(model)
-    saved = {name: tensor for name, tensor in tensors.items() if name[0].isdigit()}
-    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+    saved = {name: tensor for name, tensor in tensors.items() if name[:1].isdigit()}
+    if ({name: (tensor.shape, tensor.dtype) for name, tensor in saved.items()}
+            != {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}):
         raise Refused(f"{source}: its tensors do not fit the model and memory of its config.json")
     for name, tensor in own.items():
         tensor.copy_(saved[name])
@@ -484,7 +485,7 @@ def load_rows(model, tensors, source):
         table, scale = wrapper.memory.values, getattr(wrapper, "scale", None)
         rows, values = (tensors.get(f"{layer}.{part}", torch.tensor(0.0))
                         for part in ("rows", "values"))
-        fits = rows.dtype == torch.int64 and values.shape == (rows.numel(), table.shape[1])
+        fits = rows.dtype == torch.int64 and values.shape == (*rows.shape[:1], table.shape[1])
         if not fits or not torch.isin(rows, torch.arange(len(table))).all():
             raise Refused(f"{source}: its rows do not fit the retrofit that its config.json names")
         table[rows.to(table.device)] = values.to(table.device)
@@ -514,8 +515,9 @@ def load_base(name, dtype="float32", device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype),
                                                      use_safetensors=True, **safe)
-        if not tokenizer("Who?")["input_ids"]:
-            raise ValueError("its tokenizer knows no word")
+        end, known = tokenizer.eos_token_id, model.get_input_embeddings().num_embeddings
+        if not tokenizer("Who?")["input_ids"] or end is None or end >= known:
+            raise ValueError("its tokenizer knows no word, or no end token that the model knows")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(f"--model {name}: cannot be loaded ({error}); name a directory "
                       f"or hub name of a Hugging Face causal language model") from None
@@ -569,6 +571,36 @@ def merge_lora(model, tensors, scale, source):
         linear.weight += scale * B @ A  # (out, in)
 
 
+def rebuild(run_dir, config, device):
+    """What load returns, of a run that nobody has tampered with."""
+    kind, path = config["kind"], Path(run_dir, WEIGHTS[config["kind"]])
+    if kind == "sparse":
+        start = Path(os.path.normpath(Path(run_dir, config["retrofit"])))
+        made = read_config(start) if finished(start) else {}
+        same = all(made.get(name) == ("retrofit" if name == "kind" else config[name])
+                   for name in ("kind", "layers", "mode", "memory"))
+        if not same or fingerprint(
+                read_tensors(start / WEIGHTS["retrofit"])) != config["retrofit_fingerprint"]:
+            raise Refused(f"{run_dir}: the retrofit {start} is missing or another than that which "
+                          f"this run started from; restore it, or make the run again")
+        model, tokenizer = load(start, device)
+        load_rows(model, read_tensors(path), path)
+        return model, tokenizer
+    full = kind == "full"
+    name = str(path.resolve()) if full else config["model"]
+    dtype = "float32" if kind in ("lora", "full") else config["dtype"]
+    model, tokenizer = load_base(name, dtype, device)
+    if not full and base_fingerprint(model) != config["fingerprint"]:
+        raise Refused(f"{run_dir}: {name} is not the model that this run was made of; restore "
+                      f"it, or make the run again")
+    if kind == "retrofit":
+        retrofit(model, config["layers"], config["mode"], **config["memory"])
+        load_memory(model, read_tensors(path), path)
+    if kind == "lora":
+        merge_lora(model, read_tensors(path), config["lora_scale"], path)
+    return model, tokenizer
+
+
 def load(run_dir, device="cpu"):
     """A finished run from its directory -> (model, tokenizer), ready for model.generate.
 
@@ -577,30 +609,13 @@ def load(run_dir, device="cpu"):
     anything is missing, another than it was, does not fit or is not finite.
     """
     config = read_config(run_dir)
-    kind, path = config["kind"], Path(run_dir, WEIGHTS[config["kind"]])
-    if kind == "sparse":
-        start = Path(os.path.normpath(Path(run_dir, config["retrofit"])))
-        if not finished(start) or fingerprint(
-                read_tensors(start / WEIGHTS["retrofit"])) != config["retrofit_fingerprint"]:
-            raise Refused(f"{run_dir}: the retrofit {start} is missing or another than that which "
-                          f"this run started from; restore it, or make the run again")
-        model, tokenizer = load(start, device)
-        load_rows(model, read_tensors(path), path)
-    else:
-        full = kind == "full"
-        name = str(path.resolve()) if full else config["model"]
-        dtype = "float32" if kind in ("lora", "full") else config["dtype"]
-        model, tokenizer = load_base(name, dtype, device)
-        if not full and base_fingerprint(model) != config["fingerprint"]:
-            raise Refused(f"{run_dir}: {name} is not the model that this run was made of; restore "
-                          f"it, or make the run again")
-    if kind == "retrofit":
-        retrofit(model, config["layers"], config["mode"], **config["memory"])
-        load_memory(model, read_tensors(path), path)
-    if kind == "lora":
-        merge_lora(model, read_tensors(path), config["lora_scale"], path)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise Refused(f"{path}: not all of its numbers are finite; make this run again")
+    try:
+        model, tokenizer = rebuild(run_dir, config, device)
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise Refused(f"{run_dir}: its config.json and tensors do not fit each other ({error}); "
+                      f"make this run again") from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise Refused(f"{run_dir}: not all of its numbers are finite; make this run again")
     return model.requires_grad_(False), tokenizer
 
 
@@ -612,10 +627,10 @@ CLIP = 1.0  # norm to which the gradients of a step are clipped (ours)
 
 
 def above(least, kind=int):
-    """A type of argparse: a finite number greater than `least`."""
+    """A type of argparse: a number greater than `least`, neither infinite nor absurd."""
     def read(text):
         value = kind(text)
-        if not least < value < math.inf:  # NaN is neither
+        if not least < value < 2**40:  # NaN is neither
             raise ValueError
         return value
     read.__name__ = f"{kind.__name__} above {least}"  # argparse says: invalid ... value
@@ -730,9 +745,14 @@ def script(main, several=False):
             raise Refused("torchrun: train_sparse.py alone runs as several processes")
         main()
     except KeyboardInterrupt:
-        tqdm.write("stopped; the same command with --resume goes on where it was", file=sys.stderr)
+        tqdm.write("stopped; a training run goes on where it was: the same command with --resume",
+                   file=sys.stderr)
         sys.exit(130)
-    except (Refused, OSError) as error:  # OSError: a full disk, say
+    except (Refused, OSError, RuntimeError) as error:  # OSError: a full disk, say
+        if isinstance(error, RuntimeError):
+            if "memory" not in str(error):  # out of memory, on the GPU or not, is the user's
+                raise
+            error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
         tqdm.write(line, file=sys.stderr)  # print would run into a progress bar
         sys.exit(2)
@@ -749,6 +769,8 @@ def run_directory(args, condition):
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     if used and (config.get("kind") not in WEIGHTS or "arguments" not in config):
         raise Refused(f"--out {run}: exists and is no run of this project; name another directory")
+    if args.resume and args.overwrite:
+        raise Refused("--resume: contradicts --overwrite; give one of them")
     if used and not args.resume and not args.overwrite:
         raise Refused(f"--out {run}: exists; --resume goes on with it, --overwrite begins it again")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
@@ -770,8 +792,8 @@ def begin_run(run, args, config):
     step, tensors = 0, {}
     if (args.resume or rank()[0] > 0) and (run / "config.json").exists():
         old = read_json(run / "config.json")
-        for name, value in (config | config["arguments"]).items():
-            if name not in measures and (old | old["arguments"]).get(name) != value:
+        for name, value in (config["arguments"] | config).items():
+            if name not in measures and (old["arguments"] | old).get(name) != value:
                 raise Refused(f"--resume: {run} was made with another {name}; give the same"
                               f" one, or --overwrite")
         if checkpoint.exists():

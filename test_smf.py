@@ -507,12 +507,15 @@ def test_every_step_changes_the_selected_rows_and_nothing_else(runs, tmp_path, m
 @pytest.mark.parametrize("flags", [[], ["--train-scale"]])
 def test_one_step_changes_at_most_t_rows_of_the_file(runs, tmp_path, flags):
     before = smf.read_tensors(runs / "additive/memory.safetensors")
-    after = sparse(runs, tmp_path / "run", "--steps=1", "--top-t=7", *flags)
+    after = sparse(runs, tmp_path / "run", "--steps=1", "--top-t=7", "--scale-lr=0.3",
+                   "--warmup=0", *flags)
     for name, tensor in after.items():
         if name.endswith("memory.values"):
             assert 1 <= (tensor != before[name]).any(1).sum() <= 7
         else:
-            assert torch.equal(tensor, before[name]) != (name.endswith("scale") and bool(flags))
+            moved = 0.3 * (name.endswith("scale") and bool(flags))  # Adam's first step
+            assert torch.equal(tensor, before[name]) == (moved == 0)
+            assert moved == 0 or (tensor - before[name]).abs().item() == pytest.approx(moved, 1e-3)
     assert before.keys() == after.keys() and not any("mlp" in name for name in after)
 
 
@@ -567,6 +570,13 @@ def test_two_processes_are_one_batch(runs, tmp_path, flags):
     done = subprocess.run([*map(str, command)], env=os.environ | {"RANK": "0", "WORLD_SIZE": "2"},
                           capture_output=True, text=True)
     assert done.returncode == 2 and "train_sparse.py alone" in done.stderr
+
+
+def test_several_processes_make_no_retrofit(tmp_path, monkeypatch):
+    monkeypatch.setattr(smf, "rank", lambda: (1, 2))
+    args = smf.parse("", train_sparse.FLAGS, ["--fresh", f"--out={tmp_path / 'run'}"])
+    with pytest.raises(smf.Refused, match="first, in one process, with .* --steps 0"):
+        train_sparse.stage_1(args)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(runs, tmp_path):
@@ -902,12 +912,15 @@ def test_stage_1_trains_the_memories_alone(runs):
 
 
 def test_stage_1_is_adamw_without_decay_and_alpha_has_its_own_rate(tmp_path, monkeypatch):
-    made, adamw = [], torch.optim.AdamW
+    made, clipped, adamw, clip = [], [], torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: (
+        clipped.append((len(parameters), norm)) or clip(parameters, norm)))
     monkeypatch.setattr(torch.optim, "AdamW",
                         lambda *args, **options: made.append(adamw(*args, **options)) or made[0])
     train_retrofit.main(["--steps=1", "--examples=32", "--background=40", "--lr=0.1", "--warmup=0",
                          "--scale-lr=0.3", f"--out={tmp_path / 'run'}", *SMALL])
     tables, scales = made[0].param_groups
+    assert clipped == [(3 * 5 + 3, 1.0)]
     for group, lr, number in ((tables, 0.1, 3 * 5), (scales, 0.3, 3)):
         assert len(group["params"]) == number and group["lr"] == lr
         assert group["eps"] == 1e-12 and group["weight_decay"] == 0
@@ -1192,6 +1205,10 @@ def test_log_likelihood_and_answers_do_not_depend_on_the_batch():
     data = [smf.encode(tokenizer, q.prompt, q.answer, end=False) for q in questions]
     one = [evaluation.log_likelihoods(model, [example]).item() for example in data]
     assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(one, abs=1e-4)
+    assert evaluation.ask(model, tokenizer, questions)[1].tolist() == pytest.approx(one, abs=1e-4)
+    model.generation_config.repetition_penalty = 9.0  # of a model's own, not greedy
+    assert together == evaluation.answers(model, tokenizer, prompts, max_new_tokens=8)
+    assert model.generation_config.repetition_penalty == 9.0
 
 
 def by_hand(model, ids, start):
@@ -1426,6 +1443,10 @@ def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatc
     assert "pip install matplotlib" in refused(capsys, evaluation.main, *argv)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     assert "no run of full finetuning" in refused(capsys, evaluation.main, *argv)
+    twice = [tmp_path / name for name in ("lora-seed0", "lora-lr0.001-seed0")]
+    for run in twice:
+        shutil.copytree(baseline_runs / "lora", run)
+    assert "the same condition" in refused(capsys, evaluation.main, *twice, argv[1])
     (tmp_path / "results").touch()
     assert "is a file" in refused(capsys, evaluation.main, *argv)
 
@@ -1711,6 +1732,11 @@ def test_eval_shows_every_run_under_its_task_beside_the_base(runs, tmp_path, mon
     assert rows >= {f"| {tmp_path / name}" for name in ("a/run", "b/run", "a/base", "b/base")}
     rows = {line.split(" | ")[0] for line in medmcqa.splitlines()}
     assert rows >= {"| base", "| other"}
+    train_sparse.main([*flags, "--eval-examples=3", f"--out={tmp_path / 'a/less'}"])
+    capsys.readouterr()
+    evaluation.main([str(tmp_path / name) for name in ("a/run", "a/less")])
+    more, less = capsys.readouterr().out.split("facts, test split, eval_examples 3")
+    assert "| run |" in more and "| less |" in less and "| less |" not in more
 
 
 # ---- bad input: one line on stderr, exit code 2, nothing written
@@ -1726,6 +1752,9 @@ BAD = [
     (train_retrofit, ["--batch-size=5000"], "--batch-size"),
     (train_retrofit, ["--lr=-1"], "--lr"),
     (train_retrofit, ["--lr=nan"], "--lr"),
+    (train_retrofit, ["--seed=99999999999999999999999"], "--seed"),
+    (train_retrofit, ["--n-keys=5000000", "--steps=0"], "--n-keys"),
+    (train_retrofit, ["--resume", "--overwrite"], "--overwrite"),
     (train_retrofit, ["--model=no/such/model"], "--model"),
     (train_retrofit, ["--model=tiny"], "--model"),
     (train_retrofit, ["--oasst-data=no-such-dir"], "--oasst-data"),
@@ -1756,6 +1785,7 @@ BAD = [
     (baselines, ["--method=prefix"], "--method"),
     (baselines, ["--scorer=kl"], "--scorer"),
     (baselines, ["--num-facts=5000"], "--num-facts"),
+    (baselines, ["--window=100000", "--stride=9"], "--window"),
     (baselines, ["--model=no/such/model"], "--model"),
     (baselines, ["--batch-size=5000"], "--batch-size"),
     (evaluation, ["nowhere"], "nowhere"),
@@ -1859,6 +1889,17 @@ BROKEN = [  # kind of run, its file, what happens to it, what the refusal says
     ("retrofit", "config.json", lambda c: c.update(model="../../../etc"), "cannot be loaded"),
     ("retrofit", "config.json", lambda c: c.update(kind="pickle"), "no run"),
     ("retrofit", "config.json", truncate, "cannot be read"),
+    ("retrofit", "config.json", lambda c: c.update(dtype="float33"), "do not fit"),
+    ("retrofit", "config.json", lambda c: c.update(dtype="save"), "do not fit"),
+    ("retrofit", "config.json", lambda c: c["memory"].update(evil=1), "do not fit"),
+    ("retrofit", "config.json", lambda c: c["memory"].update(n_keys="32"), "do not fit"),
+    ("retrofit", "config.json", lambda c: c["memory"].update(n_keys=10**6), "do not fit"),
+    ("retrofit", "config.json", lambda c: c.update(layers=[[1], [2]]), "do not fit"),
+    ("retrofit", "config.json", lambda c: c.update(layers=[1.0, 2.0, 3.0]), "do not fit"),
+    ("retrofit", "memory.safetensors",
+     lambda t: t.update({"1.memory.keys": t["1.memory.keys"].double()}), "do not fit"),
+    ("retrofit", "memory.safetensors", lambda t: t["1.memory.query_mean"].fill_(math.nan),
+     "finite"),
     ("retrofit", "memory.safetensors", lambda t: t.pop("1.memory.values"), "do not fit"),
     ("retrofit", "memory.safetensors", lambda t: t["1.memory.values"][3].fill_(math.nan), "finite"),
     ("retrofit", "memory.safetensors", lambda t: t["2.scale"].fill_(math.inf), "finite"),
@@ -1866,12 +1907,17 @@ BROKEN = [  # kind of run, its file, what happens to it, what the refusal says
     ("retrofit", "memory.safetensors", pickle, "cannot be read"),
     ("sparse", "config.json", lambda c: c.update(retrofit="../../nowhere"), "missing or another"),
     ("sparse", "config.json", lambda c: c.pop("retrofit"), "retrofit"),
+    ("sparse", "config.json", lambda c: c.update(retrofit="."), "missing or another"),
+    ("sparse", "config.json", lambda c: c["memory"].update(top_k=3), "missing or another"),
     ("sparse", "config.json", lambda c: c.update(retrofit_fingerprint="0"), "missing or another"),
     ("sparse", "memory.safetensors", lambda t: t["1.rows"][-1].fill_(1024), "do not fit"),
     ("sparse", "memory.safetensors", lambda t: t["1.rows"][0].fill_(-1), "do not fit"),
     ("sparse", "memory.safetensors", lambda t: t.pop("3.values"), "do not fit"),
     ("sparse", "memory.safetensors", lambda t: t.update({"1.rows": t["1.rows"][1:]}), "do not fit"),
     ("sparse", "memory.safetensors", lambda t: t["2.values"][0].fill_(math.nan), "finite"),
+    ("sparse", "memory.safetensors", lambda t: t.update({"1.scale": torch.ones(3)}), "do not fit"),
+    ("sparse", "memory.safetensors", lambda t: t.update({"1.rows": t["1.rows"][:, None]}),
+     "do not fit"),
     ("sparse", "memory.safetensors", truncate, "cannot be read"),
     ("lora", "lora.safetensors", lambda t: t.popitem(), "do not fit"),
     ("lora", "lora.safetensors", lambda t: next(iter(t.values())).fill_(math.nan), "finite"),
@@ -2017,6 +2063,7 @@ MODELS = [  # what is changed in a model's directory; what the refusal says, or 
         model_type="mine", auto_map={"AutoConfig": "evil.Config"})), "cannot be loaded"),
     (pickled, "cannot be loaded"),
     (without("tokenizer_config.json", "pad_token"), None),
+    (without("tokenizer_config.json", "eos_token"), "end token"),
     (lambda path: (path / "chat_template.jinja").unlink(missing_ok=True), None),
 ]
 

@@ -9,7 +9,8 @@
     python train_sparse.py --preset paper --scorer kl     # Qwen2.5-0.5B-Instruct, MedMCQA (hub)
     torchrun --nproc_per_node=2 train_sparse.py           # a share of each batch per process or GPU
 
-Starts from the run of train_retrofit.py of the same mode and seed; makes it first if there is none.
+Starts from the run of train_retrofit.py of the same mode and seed; makes it first if there is none,
+but for torchrun.
 """
 
 import os
@@ -24,10 +25,10 @@ import train_retrofit
 from smf import natural, positive, whole
 
 # tiny: the study's choice for tfidf, README has the others'. paper: not measured at its 11,250
-# steps; as if rate times steps decided, from 60 steps of SmolLM2-135M, which need 32 (README).
+# steps; as if rate times steps decided, from 150 steps of SmolLM2-135M at 8 (README).
 LEARNING_RATE = {
     "tiny": {"adamw": 0.5, "sgd": 6000.0},
-    "paper": {"adamw": 0.3, "sgd": 6000.0},
+    "paper": {"adamw": 0.1, "sgd": 6000.0},
 }
 FLAGS = smf.COMMON | train_retrofit.MEMORY | evaluation.EVALUATION | {
     "scorer": (("tfidf", "kl", "count", "random", "all"), "tfidf", "tfidf",
@@ -51,6 +52,9 @@ def stage_1(args):
     stage = "fresh" if args.fresh else "retrofit"
     run = args.retrofit or beside / f"{args.mode}-{stage}-seed{args.seed}"
     if args.retrofit is None and not (run / "memory.safetensors").exists():
+        if smf.rank()[1] > 1:
+            raise smf.Refused(f"torchrun: there is no retrofit in {run} yet; make it first, in one "
+                              f"process, with train_retrofit.py{' --steps 0' * args.fresh}")
         print(f"no retrofit in {run} yet: running stage 1 first")
         flags = {name: args.given[name.replace("-", "_")]
                  for name, (kind, *_) in (smf.COMMON | train_retrofit.MEMORY).items()
@@ -151,6 +155,7 @@ def train(model, examples, steps, run, step, checkpoint, args):
 
 def prepare(model, tokenizer, data, args):
     """-> the Examples to learn from, the number of steps; the same for SMF and the baselines."""
+    evaluation.check_window(model, args)  # now, not after hours of training
     pairs = [(q.prompt, q.answer) for q in data.train]
     examples = smf.encode_all(model, tokenizer, pairs, args.max_length)
     if len(examples) < args.batch_size:
@@ -178,8 +183,7 @@ def main(argv=None):
     check_flags(args)
     smf.join(args)
     data = evaluation.read_data(args)
-    with smf.first_alone():
-        retrofit = stage_1(args)
+    retrofit = stage_1(args)
     config = smf.read_config(retrofit)
     check_same(retrofit, config, args)
     if run.resolve() == retrofit.resolve():
