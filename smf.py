@@ -750,7 +750,7 @@ def script(main, several=False):
         sys.exit(130)
     except (Refused, OSError, RuntimeError) as error:  # OSError: a full disk, say
         if isinstance(error, RuntimeError):
-            if "memory" not in str(error):  # out of memory, on the GPU or not, is the user's
+            if "allocate" not in str(error):  # out of memory, on any device, is no bug
                 raise
             error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
