@@ -672,6 +672,14 @@ def random_model(config, args, dtype=None):
     return model.to(args.device).requires_grad_(False).eval()
 
 
+def forget_peak(device):
+    """Let peak memory count from what is held now; elsewhere than on Linux or CUDA, from before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def trainee(command, config):
     """A script and its flags -> the script's module, its arguments, a random model made ready for
     its training loop, and the GiB that the model alone took."""
@@ -683,6 +691,7 @@ def trainee(command, config):
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     full = module == "baselines" and args.method == "full"
     model = random_model(config, args, "float32" if full else None)
+    forget_peak(args.device)  # that of building the model
     alone = smf.peak_memory(args.device)
     if full:
         model.requires_grad_(True)
@@ -699,14 +708,17 @@ def trainee(command, config):
     return script, args, model, alone
 
 
-def selection_time(script, model, examples, args):
+def selection_time(script, model, examples, args, rounds):
     """Seconds that train_sparse.py takes to choose a batch's rows and add up their gradient."""
     with smf.record_reads(model) as tapes:
         masks = smf.backward(model, examples, args.micro_batch_size)[1]
-    began = time.perf_counter()
-    for layer, memory in smf.memories(model).items():
-        script.select(memory, tapes[layer], masks, 0, args)
-    return time.perf_counter() - began
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for layer, memory in smf.memories(model).items():
+            script.select(memory, tapes[layer], masks, 0, args)
+        times.append(time.perf_counter() - began)
+    return median(times)
 
 
 def step_costs(command, config, turns, turn, rounds):
@@ -736,7 +748,9 @@ def step_costs(command, config, turns, turn, rounds):
     sparse = script.__name__ == "train_sparse"
     seconds = [sum(map(len, ids)) / line["tokens/s"] for line in lines[1:]]
     tables = sum(part.values.nbytes for part in smf.memories(model).values()) / 2**30
-    selecting = selection_time(script, model, examples, args) if sparse else 0
+    turns[turn].acquire()
+    selecting = selection_time(script, model, examples, args, rounds) if sparse else 0
+    turns[(turn + 1) % len(turns)].release()
     return seconds, memory, tables, selecting
 
 

@@ -1477,7 +1477,7 @@ def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch):
         assert len(seconds) == 2 and min(seconds) > 0 and memory > -0.01  # the kernel rounds
         assert V == sum(seen[-1][1].values()) * 64 * 4 / 2**30
         assert (0 < selecting < 1) == ("SMF" in name)
-    assert turned == ["wait for 1", "let 0"] * 3 * len(steps)
+    assert turned == ["wait for 1", "let 0"] * 4 * len(steps)
     memory = 3 * (16384 * 64 + 64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64) + 3
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
     three = dict.fromkeys((1, 2, 3), 16384)
