@@ -68,20 +68,21 @@ def add_lora(model):
     return model
 
 
-def train(model, examples, steps, run, step, checkpoint, args):
+def train(model, examples, steps, run, done, checkpoint, args):
     """AdamW on all that requires a gradient; the loop of train_sparse.py otherwise."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
     if checkpoint:
-        model.load_state_dict({name: checkpoint[name] for name in trained}, strict=False)
-        smf.load_adamw(optimizer, trained, checkpoint)
+        with smf.restoring(run):
+            model.load_state_dict({name: checkpoint[name] for name in trained}, strict=False)
+            smf.load_adamw(optimizer, trained, checkpoint)
     mixed = args.method == "full" and args.dtype == "bfloat16"  # the weights stay float32
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=mixed)
 
     def save(step):
         smf.save_checkpoint(run, step, smf.adamw_state(optimizer, trained) | trained)
 
-    for step, batch, factor in smf.training(examples, steps, step, save, args, args.method):
+    for step, batch, factor in smf.training(examples, steps, done, save, args, args.method):
         start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = factor * args.lr
         torch.manual_seed(1_000_003 * args.seed + step)  # dropout: a function of seed and step
@@ -121,15 +122,15 @@ def main(argv=None):
         add_lora(model)
     examples, steps = train_sparse.prepare(model, tokenizer, data, args)
     config = {"kind": args.method, "model": smf.portable(args.model), "dtype": args.dtype,
-              "fingerprint": base}
+              "fingerprint": base, "training_data": smf.digest(examples)}
     if not full:  # dropout draws its masks a micro-batch at a time
         config |= {"lora_scale": ALPHA / R, "micro_batch": args.micro_batch_size}
     evaluation.base_run(run.parent, config)
-    step, checkpoint = smf.begin_run(run, args, config)
+    done, checkpoint = smf.begin_run(run, args, config)
     if not smf.finished(run):
         print(f"{args.method}: {steps} steps, {len(examples)} examples -> {run}")
         began = time.time()
-        train(model, examples, steps, run, step, checkpoint, args)
+        train(model, examples, steps, run, done, checkpoint, args)
         save_run(model, tokenizer, run, args.method)
         smf.end_run(run, args.method, began, args.device)
     print(evaluation.report(run, data, args))

@@ -105,8 +105,8 @@ def trivia_questions(flag, name, split):
             raise smf.Refused(f"{flag} {name}: question {row['question_id']} has no text or no "
                               f"answer.value; give both, or remove the row")
         aliases = [alias for alias in answer.get("aliases") or [] if is_text(alias)]
-        questions.append((row["question_id"], Question(row["question"], answer["value"],
-                                                       aliases or [answer["value"]])))
+        aliases = list(dict.fromkeys([answer["value"], *aliases]))
+        questions.append((row["question_id"], Question(row["question"], answer["value"], aliases)))
     return questions
 
 
@@ -361,15 +361,18 @@ def origin(run):
 
 
 def evaluated(run, args, data=None):
-    """RUN/eval.json, or eval-validation.json; measured first unless it is there and was taken with
-    the same settings. data: read when needed, if None."""
+    """RUN/eval.json, or eval-validation.json; measured first, in float32, unless it is there and
+    was taken with the same settings and data. data: read when needed, if None."""
     path = run / ("eval.json" if args.split == "test" else "eval-validation.json")
     if path.exists():
         result = smf.read_json(path)
-        if result.get("settings") == settings(args):
+        same = data is None or result.get("data") == smf.digest(data[1:])
+        if same and result.get("settings") == settings(args):
             return result
     tqdm.write(f"evaluating {run} on the {args.split} split", file=sys.stderr)
-    result = evaluate(*smf.load(run, args.device), data or read_data(args), args)
+    data = data or read_data(args)
+    model, tokenizer = smf.load(run, args.device)
+    result = evaluate(model.float(), tokenizer, data, args) | {"data": smf.digest(data[1:])}
     smf.write_json(path, result)
     return result
 
@@ -381,8 +384,9 @@ def figures(run, args, data=None):
            for name, _ in COLUMNS.values() if name in result}
     start = origin(run)
     if smf.finished(start):
-        before = evaluated(start, args, data)["knowledge_right"]
-        still = [now for now, then in zip(result["knowledge_right"], before) if then]
+        before = evaluated(start, args, data)
+        still = [now for now, then in zip(result["knowledge_right"], before["knowledge_right"])
+                 if then and before.get("data") == result.get("data")]
         row |= {"kept": tuple(mean(still).values())[:2]} if still else {}
     return row
 
@@ -521,7 +525,7 @@ def accounting(run, base):
     """One row of [Gupta26 Table 3] for a run; how many rows of its memories it touched; the size of
     its own weights' file or directory."""
     config, (model, _) = smf.read_config(run), smf.load(run)
-    size, touched, file = sum(p.numel() for p in model.parameters()), None, smf.weights(run)
+    size, touched, file = sum(p.numel() for p in model.parameters()), None, smf.weights_path(run)
     stored = updated = size
     if config["kind"] == "lora":
         stored = updated = sum(tensor.numel() for tensor in smf.read_tensors(file).values())

@@ -362,7 +362,9 @@ class RowOptimizer:
         self.weight_decay, self.momentum = weight_decay, momentum
         self.line = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its line
         none = values.detach()[:0]  # (0, D)
-        self.state = {"rows": self.line[:0], "age": none[:, :1], "m": none, "v": none}
+        self.state = {"rows": self.line[:0], "m": none}
+        if kind == "adamw":
+            self.state |= {"age": none[:, :1], "v": none}
 
     def load_state(self, state):
         """Go on from a .state that was saved."""
@@ -384,10 +386,11 @@ class RowOptimizer:
     def step(self, rows, gradient, lr):
         """Update values[rows], rows (t,) without repeats, by their gradient (t, D)."""
         at, (beta1, beta2) = self.lines(rows), self.betas  # (t,)
-        age, m, v = (self.state[name] for name in ("age", "m", "v"))
+        m = self.state["m"]
         if self.kind == "sgd":
             m[at] = update = self.momentum * m[at] + gradient  # (t, D)
         else:
+            age, v = self.state["age"], self.state["v"]
             age[at] += 1  # (t, 1)
             m[at] = beta1 * m[at] + (1 - beta1) * gradient  # (t, D)
             v[at] = beta2 * v[at] + (1 - beta2) * gradient**2  # (t, D)
@@ -457,6 +460,16 @@ def read_tensors(path):
         raise Refused(f"{path}: cannot be read ({error}); make it again, --overwrite") from None
 
 
+@contextmanager
+def restoring(source):
+    """Refused for the errors that tensors and settings raise where they do not fit the model."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise Refused(f"{source}: its config.json and tensors do not fit each other ({error!r}); "
+                      f"make this run again, --overwrite") from None
+
+
 def memory_state(model):
     """{name: tensor} of all that the retrofit added, and of nothing that was pretrained."""
     return {f"{layer}.{name}": tensor for layer, wrapper in wrappers(model).items()
@@ -502,9 +515,44 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
+def digest(value):
+    """SHA-256 of a value as JSON, to know data again."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def base_fingerprint(model):
     """The same of a pretrained model, its weights in bfloat16: any --dtype gives the same."""
     return fingerprint({name: p.bfloat16() for name, p in model.named_parameters()})
+
+
+ROOT = Path(__file__).resolve().parent
+
+
+def local(name):
+    """The path of that name, here or beside smf.py; None if there is none."""
+    return next((path.resolve() for path in (Path(name), ROOT / name) if path.exists()), None)
+
+
+def portable(name):
+    """A model's name for config.json: relative to this repository if within it, else absolute."""
+    path = local(name)
+    if path is None:
+        return name  # of the hub
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def find(flag, name, kind):
+    """A "model" or "dataset" -> its directory, or its name on the hub; Refused if neither is."""
+    if local(name):
+        return str(local(name))
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, the libraries use their cache
+        try:
+            getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
+        except Exception as error:  # network, name, permission: the remedy is the same
+            raise Refused(f"{flag} {name}: no such directory, and not to be had from the hub "
+                          f"({error}); name a local directory, or use --preset tiny, "
+                          f"which needs no network") from None
+    return name
 
 
 def load_base(name, dtype="float32", device="cpu"):
@@ -546,14 +594,14 @@ def read_config(run_dir):
     return config
 
 
-def weights(run_dir):
+def weights_path(run_dir):
     """The file, or directory, that a run is finished with."""
     return Path(run_dir, WEIGHTS[read_config(run_dir)["kind"]])
 
 
 def finished(run_dir):
     """Whether a run is there and came to its end."""
-    return Path(run_dir, "config.json").exists() and weights(run_dir).exists()
+    return Path(run_dir, "config.json").exists() and weights_path(run_dir).exists()
 
 
 @torch.no_grad()
@@ -609,11 +657,8 @@ def load(run_dir, device="cpu"):
     anything is missing, another than it was, does not fit or is not finite.
     """
     config = read_config(run_dir)
-    try:
+    with restoring(run_dir):
         model, tokenizer = rebuild(run_dir, config, device)
-    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
-        raise Refused(f"{run_dir}: its config.json and tensors do not fit each other ({error}); "
-                      f"make this run again") from None
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise Refused(f"{run_dir}: not all of its numbers are finite; make this run again")
     return model.requires_grad_(False), tokenizer
@@ -622,7 +667,6 @@ def load(run_dir, device="cpu"):
 # ------------------------------------------------------------------------------------------------
 # 7. What the scripts share: flags and presets, runs, data, batches, the loss
 
-ROOT = Path(__file__).resolve().parent
 CLIP = 1.0  # norm to which the gradients of a step are clipped (ours)
 
 
@@ -748,13 +792,14 @@ def script(main, several=False):
         tqdm.write("stopped; a training run goes on where it was: the same command with --resume",
                    file=sys.stderr)
         sys.exit(130)
-    except (Refused, OSError, RuntimeError) as error:  # OSError: a full disk, say
-        if isinstance(error, RuntimeError):
-            if "allocate" not in str(error):  # out of memory, on any device, is no bug
+    except (Refused, OSError, RuntimeError, MemoryError) as error:  # OSError: a full disk, say
+        if isinstance(error, (RuntimeError, MemoryError)):
+            if "alloc" not in str(error).lower():  # out of memory, on any device, is no bug
                 raise
             error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
-        tqdm.write(line, file=sys.stderr)  # print would run into a progress bar
+        # of all processes; print would run into a progress bar
+        tqdm.write(line, file=sys.__stderr__ if rank()[0] else sys.stderr)
         sys.exit(2)
 
 
@@ -792,13 +837,15 @@ def begin_run(run, args, config):
     step, tensors = 0, {}
     if (args.resume or rank()[0] > 0) and (run / "config.json").exists():
         old = read_json(run / "config.json")
+        with restoring(run):
+            old = old["arguments"] | old
+            if checkpoint.exists():
+                tensors = read_tensors(checkpoint)
+                step = int(tensors["step"])
         for name, value in (config["arguments"] | config).items():
-            if name not in measures and (old["arguments"] | old).get(name) != value:
-                raise Refused(f"--resume: {run} was made with another {name}; give the same"
-                              f" one, or --overwrite")
-        if checkpoint.exists():
-            tensors = read_tensors(checkpoint)
-            step = int(tensors["step"])
+            if name not in measures and old.get(name) != value:
+                raise Refused(f"--resume: {run} was made with another {name}; give the same one, "
+                              f"or delete {run}")
     else:
         run.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES - {"config.json"}:  # that is replaced: the run stays a run
@@ -818,6 +865,18 @@ def save_checkpoint(run, step, tensors):
         return
     sync(run / "metrics.jsonl")
     write_tensors(run / "checkpoint.safetensors", tensors | {"step": torch.tensor(step)})
+
+
+def peak_memory(device):
+    """Peak memory of this process, GiB: on the GPU if the device is one, else in main memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "linux":  # where getrusage begins with the peak of the parent
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    import resource  # not on Windows
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def log_step(run, metrics, batch, start, device):
@@ -849,33 +908,6 @@ def check_finite(loss, norm, step, save):
                       f"state before it is saved. Begin again with a lower --lr and --overwrite")
 
 
-def training(examples, steps, step, save, args, label):
-    """Every step of a training loop, from `step` on: yields step, batch, learning rate's factor.
-
-    When the loop comes back, save(steps done) is called each --save-every steps, and at Ctrl-C or
-    SIGTERM, which end the script then; a second one ends it at once.
-    """
-    asked = []
-
-    def ask(*_):
-        asked.append(True)
-        if len(asked) > 1 or rank()[1] > 1:  # several processes would stop at different steps
-            raise KeyboardInterrupt
-
-    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        bar = tqdm(range(step, steps), desc=label, initial=step, total=steps)
-        for step, batch in zip(bar, batch_stream(examples, args.batch_size, args.seed, step)):
-            yield step, batch, learning_rate(step, steps, args.warmup)
-            if asked or (step + 1) % args.save_every == 0:
-                save(step + 1)
-            if asked:
-                raise KeyboardInterrupt
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def adamw_state(optimizer, trained):
     """{name: tensor} of the state of torch's AdamW for `trained`, {name: parameter}."""
     return {f"optimizer.{name}.{part}": tensor for name, parameter in trained.items()
@@ -890,45 +922,6 @@ def load_adamw(optimizer, trained, saved):
                 part: saved[f"optimizer.{name}.{part}"].to(device)
                 for part, device in (("step", "cpu"), ("exp_avg", parameter.device),
                                      ("exp_avg_sq", parameter.device))}
-
-
-def peak_memory(device):
-    """Peak memory of this process, GiB: on the GPU if the device is one, else in main memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "linux":  # where getrusage begins with the peak of the parent
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-    import resource  # not on Windows
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def local(name):
-    """The path of that name, here or beside smf.py; None if there is none."""
-    return next((path.resolve() for path in (Path(name), ROOT / name) if path.exists()), None)
-
-
-def portable(name):
-    """A model's name for config.json: relative to this repository if within it, else absolute."""
-    path = local(name)
-    if path is None:
-        return name  # of the hub
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-def find(flag, name, kind):
-    """A "model" or "dataset" -> its directory, or its name on the hub; Refused if neither is."""
-    if local(name):
-        return str(local(name))
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, the libraries use their cache
-        try:
-            getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
-        except Exception as error:  # network, name, permission: the remedy is the same
-            raise Refused(f"{flag} {name}: no such directory, and not to be had from the hub "
-                          f"({error}); name a local directory, or use --preset tiny, "
-                          f"which needs no network") from None
-    return name
 
 
 def from_datasets(function, flag, name, **options):
@@ -1075,3 +1068,30 @@ def batch_stream(examples, batch_size, seed, start=0):
 def learning_rate(step, steps, warmup):
     """Factor of the learning rate: a linear warm-up times a cosine to 0 [Gupta26 App. A]."""
     return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def training(examples, steps, done, save, args, label):
+    """Every step of a training loop after the first `done`: yields step, batch, factor of the rate.
+
+    When the loop comes back, save(steps done) is called each --save-every steps, and at Ctrl-C or
+    SIGTERM, which end the script then; a second one ends it at once.
+    """
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        if len(asked) > 1 or rank()[1] > 1:  # several processes would stop at different steps
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        bar = tqdm(range(done, steps), desc=label, initial=done, total=steps)
+        for step, batch in zip(bar, batch_stream(examples, args.batch_size, args.seed, done)):
+            yield step, batch, learning_rate(step, steps, args.warmup)
+            if asked or (step + 1) % args.save_every == 0:
+                save(step + 1)
+            if asked:
+                raise KeyboardInterrupt
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1142,6 +1142,29 @@ def test_a_killed_baseline_resumes_to_the_same_end(baseline_runs, tmp_path, monk
     assert {path.name for path in (tmp_path / "cut").iterdir()} == files
 
 
+@pytest.mark.parametrize("file, change, said", [
+    ("checkpoint.safetensors", lambda t: t.pop("step"), "do not fit"),
+    ("checkpoint.safetensors",
+     lambda t: t.pop(next(name for name in t if name.endswith((".m", ".exp_avg")))), "do not fit"),
+    ("checkpoint.safetensors",
+     lambda t: t.update({name: tensor[:1] for name, tensor in t.items()
+                         if tensor.dim() and not name.endswith("rows")}), "do not fit"),
+    ("config.json", lambda c: c.update(arguments=[]), "do not fit"),
+    ("config.json", lambda c: c.update(training_data="0"), "another training_data"),
+])
+@pytest.mark.parametrize("script", [train_retrofit, train_sparse, baselines])
+def test_a_broken_checkpoint_is_refused(runs, tmp_path, monkeypatch, capsys, script, file, change,
+                                        said):
+    flags = {train_retrofit: ["--examples=40", "--background=8"], baselines: QUICK[:3],
+             train_sparse: [*QUICK[:3], f"--retrofit={runs / 'additive'}"]}[script]
+    flags = [*flags, f"--out={tmp_path / 'cut'}", "--steps=4", "--save-every=2"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 3)
+        script.main(flags)
+    rewrite(tmp_path / "cut" / file, change)
+    assert said in refused(capsys, script.main, *flags, "--resume")
+
+
 def test_full_finetuning_of_a_bfloat16_base_trains_float32(tmp_path):
     baseline("full", tmp_path / "run", "--dtype=bfloat16", "--steps=2", "--device=cpu")
     trained = smf.read_tensors(tmp_path / "run/model/model.safetensors")
@@ -1394,6 +1417,20 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
         1, 1, 2, 1, 2]
     assert [read("--stride=32"), read("--stride=32"), read("--split=validation")] == [3, 3, 2]
     assert calls == ["test", "validation", "test"]
+    args = smf.parse("", evaluation.FLAGS, ["--split=validation"])
+    known, unread, other = (evaluation.evaluated(run, args, data)["calls"]
+                            for data in ("data", None, "other data"))
+    assert (known, unread, other) == (2, 2, 4)
+
+
+def test_all_are_measured_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, *_: {
+        "types": [str(tensor.dtype) for tensor in model.parameters()]})
+    base = smf.base_fingerprint(smf.load_base("tiny/model")[0])
+    run = evaluation.base_run(
+        tmp_path, {"model": "tiny/model", "dtype": "bfloat16", "fingerprint": base})
+    result = evaluation.evaluated(run, smf.parse("", evaluation.FLAGS, []), "data")
+    assert set(result["types"]) == {"torch.float32"}
 
 
 def test_the_study_counts_parameters_and_writes_its_files(
@@ -1653,7 +1690,7 @@ def test_facts_without_other_wordings_are_asked_as_trained(tmp_path):
         {
             "question": f"Who is {i}?",
             "question_id": str(i),
-            "answer": {"value": str(i), "aliases": [str(i)]},
+            "answer": {"value": str(i), "aliases": [f"no. {i}"]},
         }
         for i in range(30)
     ]
@@ -1662,6 +1699,7 @@ def test_facts_without_other_wordings_are_asked_as_trained(tmp_path):
     args = smf.parse("", train_sparse.FLAGS, flags)
     train, test = evaluation.facts(args)
     assert train == test and len(test) == 20
+    assert test[3].aliases == ["3", "no. 3"]
     assert [q.prompt for q in evaluation.read_data(args).knowledge] == [
         f"Who is {i}?" for i in range(20, 30)
     ]
@@ -1693,8 +1731,8 @@ def test_medmcqa_splits_do_not_overlap():
         (train_sparse, ["--preset=paper", "--mode=replacement"], "paper/replacement-tfidf-seed0"),
         (train_sparse, ["--preset=paper", "--task=facts"], "paper/additive-tfidf-facts-seed0"),
         (train_sparse, ["--top-t=50", "--optimizer=sgd"], "tiny/additive-tfidf-sgd-t50-seed0"),
-        (train_sparse, ["--task=medmcqa", "--retrofit=out/some-seed1", "--lr=2"],
-         "tiny/additive-tfidf-from-some-seed1-medmcqa-lr2.0-seed0"),
+        (train_sparse, ["--task=medmcqa", "--retrofit=some-seed1", "--lr=2"],
+         "tiny/replacement-tfidf-from-some-seed1-medmcqa-lr2.0-seed0"),
         (train_sparse, ["--top-t=500", "--task=facts"], "tiny/additive-tfidf-seed0"),
         (baselines, ["--method=full", "--lr=3e-5"], "tiny/full-lr3e-05-seed0"),
         (train_retrofit, ["--steps=0", "--mode=replacement"], "tiny/replacement-fresh-seed0"),
@@ -1705,6 +1743,10 @@ def test_names_of_runs(tmp_path, monkeypatch, script, flags, name):
         raise Killed(run_directory(args, condition))
 
     run_directory = smf.run_directory
+    (tmp_path / "some-seed1").mkdir()
+    smf.write_json(tmp_path / "some-seed1/config.json", {
+        "kind": "retrofit", "model": "", "dtype": "", "fingerprint": "", "layers": [],
+        "mode": "replacement", "memory": {}})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(smf, "run_directory", stop)
     with pytest.raises(Killed, match=rf"^out/{name.replace('+', '.')}$"):
@@ -1856,6 +1898,12 @@ def test_an_existing_run_is_not_overwritten(runs, tmp_path, capsys):
         "--mode=replacement",
         f"--out={tmp_path / 'new'}",
     )
+
+
+def test_the_mode_is_that_of_the_retrofit_named(runs, tmp_path, capsys):
+    flags = [f"--retrofit={runs / 'replacement'}", "--train-scale", f"--out={tmp_path / 'new'}"]
+    assert "--train-scale" in refused(capsys, train_sparse.main, *flags)
+    assert not (tmp_path / "new").exists()
 
 
 def rewrite(path, change):

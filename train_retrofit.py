@@ -129,7 +129,7 @@ def measure(model, general, held_out, when, args):
     print(f"{when}: held-out loss {torch.cat(losses).mean().item():.4f}")
 
 
-def train(model, examples, steps, run, step, checkpoint, args):
+def train(model, examples, steps, run, done, checkpoint, args):
     """AdamW on everything in the memories, alpha at its own rate; goes on from a checkpoint."""
     trained = {f"{layer}.{name}": parameter for layer, wrapper in smf.wrappers(model).items()
                for name, parameter in wrapper.named_parameters() if not name.startswith("mlp.")}
@@ -139,14 +139,15 @@ def train(model, examples, steps, run, step, checkpoint, args):
                                    {"params": scales, "initial_lr": args.scale_lr}],
                                   eps=1e-12, weight_decay=0.0)  # eps: see smf.RowOptimizer
     if checkpoint:
-        smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
-        smf.load_adamw(optimizer, trained, checkpoint)
+        with smf.restoring(run):
+            smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
+            smf.load_adamw(optimizer, trained, checkpoint)
 
     def save(step):
         state = smf.adamw_state(optimizer, trained) | smf.memory_state(model)
         smf.save_checkpoint(run, step, state)
 
-    for step, batch, factor in smf.training(examples, steps, step, save, args, "stage 1"):
+    for step, batch, factor in smf.training(examples, steps, done, save, args, "stage 1"):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = factor * group["initial_lr"]
@@ -182,18 +183,19 @@ def main(argv=None):
     steps = args.steps
     if steps is None:
         steps = args.epochs * (len(examples) // args.batch_size)
-    step, checkpoint = smf.begin_run(run, args, {
+    done, checkpoint = smf.begin_run(run, args, {
         "kind": "retrofit", "model": smf.portable(args.model), "dtype": args.dtype,
-        "fingerprint": base, "layers": layers, "mode": args.mode, "memory": shape})
+        "fingerprint": base, "training_data": smf.digest(examples), "layers": layers,
+        "mode": args.mode, "memory": shape})
     if smf.finished(run):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, layers {layers}, {steps} steps, {len(examples)} chats -> {run}")
     began = time.time()
-    if step == 0 and args.query_momentum:
+    if done == 0 and args.query_momentum:
         calibrate(model, micro_batches(general[:64], args, "calibrate"))
-    if steps and step == 0:
+    if steps and done == 0:
         measure(model, general, held_out, "before", args)
-    train(model, examples, steps, run, step, checkpoint, args)
+    train(model, examples, steps, run, done, checkpoint, args)
     measure(model, general, held_out, "after", args)
     smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
     smf.end_run(run, "stage 1", began, args.device)

@@ -100,8 +100,8 @@ def select(memory, reads, masks, step, args):
     counts = smf.total(smf.count_reads(rows, len(memory.values)))  # (N,) of all processes
     scores = score_rows(args.scorer, memory, counts, 1_000_003 * args.seed + step)  # (N,)
     t = len(counts) if args.scorer == "all" else args.top_t
-    rows, gradient = smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
-    return rows, smf.total(gradient)  # only the selected rows' gradients travel
+    selected, gradient = smf.row_gradient(rows, weights, dy, smf.top_rows(scores, counts, t))
+    return selected, smf.total(gradient)  # only the selected rows' gradients travel
 
 
 def touched(model, optimizers):
@@ -113,7 +113,7 @@ def touched(model, optimizers):
     return tensors
 
 
-def train(model, examples, steps, run, step, checkpoint, args):
+def train(model, examples, steps, run, done, checkpoint, args):
     """What does this batch read, which of these rows are its own, and an update of those alone.
     -> what was learned, {name: tensor}."""
     tables = {f"{layer}.values": m.values for layer, m in smf.memories(model).items()}
@@ -123,17 +123,18 @@ def train(model, examples, steps, run, step, checkpoint, args):
     for name, scale in scales.items():  # to its optimizer, alpha is a table of one row
         optimizers[name] = smf.RowOptimizer(scale.detach().view(1, 1))
     if checkpoint:
-        smf.load_rows(model, checkpoint, run / "checkpoint.safetensors")
-        for name, optimizer in optimizers.items():
-            optimizer.load_state({part: checkpoint[f"optimizer.{name}.{part}"].to(args.device)
-                                  for part in optimizer.state})
+        with smf.restoring(run):
+            smf.load_rows(model, checkpoint, run / "checkpoint.safetensors")
+            for name, optimizer in optimizers.items():
+                optimizer.load_state({part: checkpoint[f"optimizer.{name}.{part}"].to(args.device)
+                                      for part in optimizer.state})
 
     def save(step):
         state = {f"optimizer.{name}.{part}": tensor for name, optimizer in optimizers.items()
                  for part, tensor in optimizer.state.items()}
         smf.save_checkpoint(run, step, state | scales | touched(model, optimizers))
 
-    for step, batch, factor in smf.training(examples, steps, step, save, args, "stage 2"):
+    for step, batch, factor in smf.training(examples, steps, done, save, args, "stage 2"):
         start = time.perf_counter()
         with smf.record_reads(model) as tapes:
             loss, masks = smf.backward(model, batch, args.micro_batch_size)
@@ -160,7 +161,10 @@ def prepare(model, tokenizer, data, args):
     examples = smf.encode_all(model, tokenizer, pairs, args.max_length)
     if len(examples) < args.batch_size:
         raise smf.Refused(f"--batch-size {args.batch_size}: only {len(examples)} examples to learn")
-    return examples, args.steps or args.epochs * (len(examples) // args.batch_size)
+    steps = args.steps or args.epochs * (len(examples) // args.batch_size)
+    if steps <= args.warmup:
+        print(f"--warmup {args.warmup}: the learning rate still rises when the {steps} steps end")
+    return examples, steps
 
 
 def check_flags(args):
@@ -178,6 +182,8 @@ def check_flags(args):
 def main(argv=None):
     args = smf.parse(__doc__, FLAGS, argv)
     args.lr = args.lr or LEARNING_RATE[args.preset][args.optimizer]
+    if args.retrofit and not args.fresh and "mode" not in args.given:
+        args.mode = smf.read_config(args.retrofit).get("mode", args.mode)
     run = smf.run_directory(args, f"{args.mode}-{args.scorer}{'+s' * args.train_scale}"
                                   f"{'-fresh' * args.fresh}")
     check_flags(args)
@@ -195,14 +201,15 @@ def main(argv=None):
     examples, steps = prepare(model, tokenizer, data, args)
     with smf.first_alone():
         evaluation.base_run(run.parent, config)
-        step, checkpoint = smf.begin_run(run, args, config | {
-            "kind": "sparse", "retrofit": os.path.relpath(retrofit.resolve(), run.resolve()),
+        done, checkpoint = smf.begin_run(run, args, config | {
+            "kind": "sparse", "training_data": smf.digest(examples),
+            "retrofit": os.path.relpath(retrofit.resolve(), run.resolve()),
             "retrofit_fingerprint": smf.fingerprint(
                 smf.read_tensors(retrofit / "memory.safetensors"))})
     if not smf.finished(run):
         print(f"stage 2: {steps} steps, {len(examples)} examples -> {run}")
         began = time.time()
-        learned = train(model, examples, steps, run, step, checkpoint, args)
+        learned = train(model, examples, steps, run, done, checkpoint, args)
         if smf.rank()[0] == 0:
             smf.write_tensors(run / "memory.safetensors", learned)
             smf.end_run(run, "stage 2", began, args.device)
