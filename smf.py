@@ -508,11 +508,11 @@ def load_rows(model, tensors, source):
 
 def fingerprint(tensors):
     """SHA-256 of {name: tensor}, to know a retrofit again."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def digest(value):
@@ -793,12 +793,12 @@ def script(main, several=False):
                    file=sys.stderr)
         sys.exit(130)
     except (Refused, OSError, RuntimeError, MemoryError) as error:  # OSError: a full disk, say
+        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+            raise  # a bug; but to be out of memory, on any device, is none
         if isinstance(error, (RuntimeError, MemoryError)):
-            if "alloc" not in str(error).lower():  # out of memory, on any device, is no bug
-                raise
             error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
-        # of all processes; print would run into a progress bar
+        # from any process, see join; print would run into a progress bar
         tqdm.write(line, file=sys.__stderr__ if rank()[0] else sys.stderr)
         sys.exit(2)
 
