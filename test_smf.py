@@ -1142,7 +1142,7 @@ def test_a_killed_baseline_resumes_to_the_same_end(baseline_runs, tmp_path, monk
     assert {path.name for path in (tmp_path / "cut").iterdir()} == files
 
 
-@pytest.mark.parametrize("file, change, said", [
+CHECKPOINTS = [  # a file of a run that was cut off, what happens to it, what the refusal says
     ("checkpoint.safetensors", lambda t: t.pop("step"), "do not fit"),
     ("checkpoint.safetensors",
      lambda t: t.pop(next(name for name in t if name.endswith((".m", ".exp_avg")))), "do not fit"),
@@ -1151,18 +1151,21 @@ def test_a_killed_baseline_resumes_to_the_same_end(baseline_runs, tmp_path, monk
                          if tensor.dim() and not name.endswith("rows")}), "do not fit"),
     ("config.json", lambda c: c.update(arguments=[]), "do not fit"),
     ("config.json", lambda c: c.update(training_data="0"), "another training_data"),
-])
+]
+
+
 @pytest.mark.parametrize("script", [train_retrofit, train_sparse, baselines])
-def test_a_broken_checkpoint_is_refused(runs, tmp_path, monkeypatch, capsys, script, file, change,
-                                        said):
+def test_a_broken_checkpoint_is_refused(runs, tmp_path, monkeypatch, capsys, script):
     flags = {train_retrofit: ["--examples=40", "--background=8"], baselines: QUICK[:3],
              train_sparse: [*QUICK[:3], f"--retrofit={runs / 'additive'}"]}[script]
-    flags = [*flags, f"--out={tmp_path / 'cut'}", "--steps=4", "--save-every=2"]
+    flags = [*flags, "--steps=4", "--save-every=2"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, 3)
-        script.main(flags)
-    rewrite(tmp_path / "cut" / file, change)
-    assert said in refused(capsys, script.main, *flags, "--resume")
+        script.main([*flags, f"--out={tmp_path / 'cut'}"])
+    for i, (file, change, said) in enumerate(CHECKPOINTS):
+        run = shutil.copytree(tmp_path / "cut", tmp_path / str(i))
+        rewrite(run / file, change)
+        assert said in refused(capsys, script.main, *flags, f"--out={run}", "--resume")
 
 
 def test_full_finetuning_of_a_bfloat16_base_trains_float32(tmp_path):
