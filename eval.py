@@ -21,11 +21,13 @@ figures stay in its eval.json and are read from there the next time. They are, Â
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import string
 import sys
@@ -773,10 +775,15 @@ def race(commands, config, rounds):
 
 
 def variants(config, flags):
-    """{name: (model, the tensors that are stored for it)} of all that inference is measured of."""
+    """{name: (model, the tensors that are stored for it)} of all that inference is measured of.
+
+    They share the base's weights, so they fit where one of them does.
+    """
     retrofit, lora = (importlib.import_module(name) for name in ("train_retrofit", "baselines"))
     args = smf.parse("", retrofit.FLAGS, flags)
-    base, merged, adapted, *retrofitted = (random_model(config, args) for _ in range(5))
+    base = random_model(config, args)
+    shared = {id(parameter): parameter for parameter in base.parameters()}
+    merged, adapted, *retrofitted = (copy.deepcopy(base, dict(shared)) for _ in range(4))
     adapters = {name: p for name, p in lora.add_lora(adapted).eval().named_parameters()
                 if name.endswith((".A", ".B"))}
     found = {"base": (base, dict(base.named_parameters()))}
@@ -789,22 +796,27 @@ def variants(config, flags):
 
 
 @torch.no_grad()
-def inference_speeds(models, rounds, prompt=512, new=32):
-    """{name: model} -> {name: tokens/s of the prefill of a prompt and of greedy decoding, one
-    sequence}, medians of interleaved rounds."""
-    ids = torch.ones(1, prompt, dtype=torch.int64, device=next(iter(models.values())).device)
-    times, order = {name: [] for name in models}, list(models)
-    for _ in tqdm(range(rounds + 1), desc="inference", leave=False):  # the first to warm up
-        order.append(order.pop(0))  # nobody is always first
-        for name in order:
+def inference_speeds(models, rounds, prompt=128, new=8):
+    """{name: model} -> {name: tokens/s of the prefill of a random prompt and of greedy decoding,
+    one sequence}; medians of rounds, each of which takes all of it in another order."""
+    first = next(iter(models.values()))
+    ids = torch.randint(first.config.vocab_size, (1, prompt), device=first.device)  # (1, prompt)
+
+    def prefill(model):
+        model(ids, logits_to_keep=1).logits.sum().item()  # waits for the GPU
+
+    def decode(model):
+        model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), do_sample=False,
+                       min_new_tokens=new, max_new_tokens=new)
+
+    times = {(name, work): [] for name in models for work in (prefill, decode)}
+    for turn in tqdm(range(rounds + 1), desc="inference", leave=False):  # the first to warm up
+        for name, work in random.Random(turn).sample(list(times), len(times)):
             began = time.perf_counter()
-            models[name](ids, logits_to_keep=1).logits.sum().item()  # waits for the GPU
-            middle = time.perf_counter()
-            models[name].generate(ids[:, :16], attention_mask=ids[:, :16], do_sample=False,
-                                  min_new_tokens=new, max_new_tokens=new)
-            times[name].append((middle - began, time.perf_counter() - middle))
-    medians = {name: [median(column) for column in zip(*part[1:])] for name, part in times.items()}
-    return {name: (prompt / prefill, new / decode) for name, (prefill, decode) in medians.items()}
+            work(models[name])
+            times[name, work].append(time.perf_counter() - began)
+    return {name: (prompt / median(times[name, prefill][1:]), new / median(times[name, decode][1:]))
+            for name in models}
 
 
 def storage(tensors):
@@ -817,14 +829,8 @@ def storage(tensors):
         return file.stat().st_size / 1e6, middle - began, time.perf_counter() - middle
 
 
-def cost(args, rounds=5):
-    """Markdown of races between steps, and of inference; ratios of medians."""
-    if args.cost != "qwen2.5-0.5b" and not smf.local(args.cost):
-        raise smf.Refused(f"--cost {args.cost}: is no model directory; name one, or qwen2.5-0.5b")
-    config = AutoConfig.from_pretrained(smf.local(args.cost)) if smf.local(args.cost) else (
-        Qwen2Config(**QWEN))
-    flags = [f"--{name}={vars(args)[name.replace('-', '_')]}"
-             for name in ("preset", "device", "batch-size", "max-length")]
+def step_table(config, args, flags, rounds):
+    """{pair: {title: "own / other = ratio"}} of RACES; ratios of medians."""
     steps = {name: " ".join([command.format(batch=args.batch_size,
                                             middle=config.num_hidden_layers // 2), *flags])
              for name, command in STEPS.items()}
@@ -837,9 +843,13 @@ def cost(args, rounds=5):
             title: f"{own:.3g} / {other:.3g} = {own / other:.2f}" for title, (own, other) in (
                 ("s/step", seconds), ("GiB beyond the base", memory), ("and beyond V", rest))}
         races[" / ".join(pair)]["selection"] = f"{results[0][-1] / seconds[0]:.1%} of a step"
-    found = variants(config, flags[:2])
+    return races
+
+
+def inference_table(config, flags, rounds):
+    """{variant: {title: text}}: speeds of inference; size and times of the variant's own file."""
+    found, rows = variants(config, flags), {}
     speeds = inference_speeds({name: model for name, (model, _) in found.items()}, rounds)
-    rows = {}
     for name, (_, tensors) in found.items():
         file, save, load = storage(tensors)
         titles = ("prefill, tokens/s", "decode, tokens/s")
@@ -847,7 +857,20 @@ def cost(args, rounds=5):
                       for title, own, base in zip(titles, speeds[name], speeds["base"])}
         rows[name] |= {"file, MB": f"{file:.2f}", "save, s": f"{save:.2f}",
                        "load, s": f"{load:.2f}"}
-    return f"{markdown('step of', races)}\n\n{markdown('inference', rows)}"
+    return rows
+
+
+def cost(args, rounds=5):
+    """Markdown of the steps' races and of inference."""
+    if args.cost != "qwen2.5-0.5b" and not smf.local(args.cost):
+        raise smf.Refused(f"--cost {args.cost}: is no model directory; name one, or qwen2.5-0.5b")
+    config = AutoConfig.from_pretrained(smf.local(args.cost)) if smf.local(args.cost) else (
+        Qwen2Config(**QWEN))
+    flags = [f"--{name}={vars(args)[name.replace('-', '_')]}"
+             for name in ("preset", "device", "batch-size", "max-length")]
+    steps = markdown("step of", step_table(config, args, flags, rounds))
+    inference = markdown("inference", inference_table(config, flags[:2], 5 * rounds))
+    return f"{steps}\n\n{inference}"
 
 
 def main(argv=None):
