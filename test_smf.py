@@ -1414,7 +1414,8 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
         tmp_path, {"model": "tiny/model", "dtype": "float32", "fingerprint": base})
 
     def read(*flags):
-        return evaluation.evaluated(run, smf.parse("", evaluation.FLAGS, flags), "data")["calls"]
+        args = smf.parse("", evaluation.FLAGS, flags)
+        return evaluation.evaluated(run, args, f"data {args.split}")["calls"]
 
     assert [read(), read(), read("--split=validation"), read(), read("--split=validation")] == [
         1, 1, 2, 1, 2]
@@ -1422,8 +1423,27 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
     assert calls == ["test", "validation", "test"]
     args = smf.parse("", evaluation.FLAGS, ["--split=validation"])
     known, unread, other = (evaluation.evaluated(run, args, data)["calls"]
-                            for data in ("data", None, "other data"))
+                            for data in ("data validation", None, "other data"))
     assert (known, unread, other) == (2, 2, 4)
+
+
+def test_splits_that_ask_the_same_are_measured_once(tmp_path, monkeypatch):
+    """Facts without other wordings: eval-validation.json is eval.json, but for the split's name."""
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: {"target_accuracy": 0.5})
+    monkeypatch.setattr(smf, "load", lambda *_: (torch.nn.Module(), None))
+
+    def read(split, data):
+        args = smf.parse("", evaluation.FLAGS, [f"--split={split}"])
+        return evaluation.evaluated(tmp_path, args, data)
+
+    test = read("test", "data")
+    monkeypatch.delattr(evaluation, "evaluate")
+    validation = read("validation", "data")
+    assert validation == test | {"settings": test["settings"] | {"split": "validation"}}
+    assert smf.read_json(tmp_path / "eval-validation.json") == validation
+    assert smf.read_json(tmp_path / "eval.json") == test
+    with pytest.raises(NameError):
+        read("validation", "other data")
 
 
 def test_all_are_measured_in_float32(tmp_path, monkeypatch):
