@@ -5,7 +5,7 @@
     python eval.py RUN_DIR --split validation      # the split for choosing learning rates
     python eval.py --results results/tiny          # the study: tables, figure, costs, JSON
     python eval.py --stage-1 stage-1.png RUN_DIR ...   # figure of runs of train_retrofit.py
-    python eval.py --preset paper --cost qwen2.5-0.5b  # what it costs, on a random model
+    python eval.py --preset paper --max-length 64 --cost qwen2.5-0.5b   # what it costs
 
 A run is measured as its config.json says (task, data, sizes) unless a flag says otherwise. The
 figures stay in its eval.json and are read from there the next time. They are, ± standard error
@@ -32,6 +32,7 @@ import re
 import string
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -439,7 +440,7 @@ def run_settings(run, args):
 HEADLINE, TABLE_1 = "SMF against LoRA and full finetuning", "Methods, as in Table 1 of [Gupta26]"
 STUDY = {  # title: conditions, as run directories are named without -lr and -seed
     HEADLINE: ("base", "additive-tfidf", "additive-all", "additive-tfidf-fresh",
-               "additive-all-fresh", "lora", "full"),
+               "additive-random-fresh", "additive-all-fresh", "lora", "full"),
     TABLE_1: ("base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf",
               "additive-kl+s", "additive-tfidf+s", "additive-kl-fresh", "additive-tfidf-fresh",
               "additive-kl+s-fresh", "additive-tfidf+s-fresh", "lora", "full"),
@@ -729,55 +730,71 @@ def selection_time(script, model, examples, args, rounds):
         began = time.perf_counter()
         for layer, memory in smf.memories(model).items():
             script.select(memory, tapes[layer], masks, 0, args)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return median(times)
 
 
-def step_costs(command, config, turns, turn, rounds):
+def step_costs(command, config, barrier, turn, rounds):
     """The training loop of a script, on a random model and a batch of random examples.
 
     Every example is --max-length long; stage 1 predicts all of it, the others the last 16 tokens.
-    turns: a semaphore for each runner of a race; this one steps at turns[turn], then the next.
+    barrier: that of the runners of a race; each takes a step when `turn` of the others have.
     -> seconds of a step in every round, after one to warm up; GiB of peak memory beyond the base
     model; GiB of it in value tables; for SMF, seconds of selecting a batch's rows.
     """
     script, args, model, alone = trainee(command, config)
+    torch.manual_seed(0)  # the same examples for all
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
     start = 1 if script.__name__ == "train_retrofit" else args.max_length - 16
-    examples, training = [smf.Example(row, start) for row in ids], smf.training
+    examples, training, seconds = [smf.Example(row, start) for row in ids], smf.training, []
 
-    def in_turn(*given):
-        for step in training(*given):
-            turns[turn].acquire()
-            yield step
-            turns[(turn + 1) % len(turns)].release()
+    def in_turn(steps):
+        for step in steps:
+            for place in range(barrier.parties):
+                if place == turn:
+                    began = time.perf_counter()
+                    yield step
+                    if args.device == "cuda":
+                        torch.cuda.synchronize()
+                    seconds.append(time.perf_counter() - began)
+                barrier.wait()
 
-    smf.training = in_turn
+    smf.training = lambda *given: in_turn(training(*given))
     with tempfile.TemporaryDirectory() as run:
         script.train(model, examples, rounds + 1, Path(run), 0, {}, args)
-        lines = metrics(Path(run))
     smf.training, memory = training, smf.peak_memory(args.device) - alone
-    sparse = script.__name__ == "train_sparse"
-    seconds = [sum(map(len, ids)) / line["tokens/s"] for line in lines[1:]]
     tables = sum(part.values.nbytes for part in smf.memories(model).values()) / 2**30
-    turns[turn].acquire()
-    selecting = selection_time(script, model, examples, args, rounds) if sparse else 0
-    turns[(turn + 1) % len(turns)].release()
-    return seconds, memory, tables, selecting
+    for _ in in_turn([rounds + 1]):
+        sparse = script.__name__ == "train_sparse"
+        selecting = selection_time(script, model, examples, args, rounds) if sparse else 0
+    return seconds[1:rounds + 1], memory, tables, selecting
+
+
+def runner(command, config, barrier, turn, rounds):
+    """step_costs; if it fails, the others do not wait for its turn."""
+    try:
+        return step_costs(command, config, barrier, turn, rounds)
+    except Exception:
+        barrier.abort()
+        raise
 
 
 def race(commands, config, rounds):
     """step_costs of commands, each in a process of its own; they take turns, step by step."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(len(commands), context) as runners:
-        turns = [manager.Semaphore(int(turn == 0)) for turn in range(len(commands))]
-        results = [runners.submit(step_costs, command, config, turns, turn, rounds)
+        barrier = manager.Barrier(len(commands))
+        results = [runners.submit(runner, command, config, barrier, turn, rounds)
                    for turn, command in enumerate(commands)]
-        try:
-            return [result.result() for result in results]
-        except BrokenProcessPool:
-            raise smf.Refused(f"--cost: {' or '.join(commands)} was killed, as when memory runs "
-                              f"out; give a smaller --batch-size or --max-length") from None
+        for error in [result.exception() for result in results]:
+            if isinstance(error, BrokenProcessPool):
+                raise smf.Refused(f"--cost: {' or '.join(commands)} was killed, as when memory "
+                                  f"runs out; give a smaller --batch-size or --max-length")
+            if error and not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [result.result() for result in results]
 
 
 def variants(config, flags):
@@ -811,8 +828,8 @@ def inference_speeds(models, rounds, prompt=128, new=8):
     def prefill(model):
         model(ids, logits_to_keep=1).logits.sum().item()  # waits for the GPU
 
-    def decode(model):
-        model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), do_sample=False,
+    def decode(model):  # from one token: all are decoding steps
+        model.generate(ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False,
                        min_new_tokens=new, max_new_tokens=new)
 
     times = {(name, work): [] for name in models for work in (prefill, decode)}
@@ -825,14 +842,19 @@ def inference_speeds(models, rounds, prompt=128, new=8):
             for name in models}
 
 
-def storage(tensors):
-    """Write tensors to a file and read it -> MB, seconds of writing, seconds of reading."""
+def storage(tensors, rounds=3):
+    """Write tensors to a file and read it -> MB; seconds of writing, to the disk; seconds of
+    reading, from the system's cache. Medians of rounds."""
+    times = []
     with tempfile.TemporaryDirectory() as directory:
-        file, began = Path(directory, "file"), time.perf_counter()
-        smf.write_tensors(file, tensors)
-        middle = time.perf_counter()
-        smf.read_tensors(file)
-        return file.stat().st_size / 1e6, middle - began, time.perf_counter() - middle
+        for _ in range(rounds):
+            file, began = Path(directory, "file"), time.perf_counter()
+            smf.write_tensors(file, tensors)
+            middle = time.perf_counter()
+            for tensor in smf.read_tensors(file).values():
+                tensor.clone()  # safetensors only maps the file
+            times.append((middle - began, time.perf_counter() - middle))
+        return file.stat().st_size / 1e6, *map(median, zip(*times))
 
 
 def step_table(config, args, flags, rounds):

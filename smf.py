@@ -326,8 +326,8 @@ def mask_gradient(values, mask):
 #
 # So here V is frozen as far as autograd knows. For y = sum_r weight_r * V[r], the gradient of a row
 # is the sum of weight * dL/dy over its reads, and Read holds all of that. row_gradient adds it up
-# for the selected rows alone, RowOptimizer keeps moments for those rows alone, and the cost is that
-# of the rows selected, however long the table.
+# for the selected rows alone, RowOptimizer keeps moments for the rows ever selected alone, and of
+# the whole table a step costs no more than the counts: N integers a memory.
 
 
 def row_gradient(rows, weights, dy, mask):
@@ -794,6 +794,7 @@ def script(main, several=False):
         sys.exit(130)
     except (Refused, OSError, RuntimeError, MemoryError) as error:  # OSError: a full disk, say
         if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+            sys.stderr = sys.__stderr__  # of any process, see join
             raise  # a bug; but to be out of memory, on any device, is none
         if isinstance(error, (RuntimeError, MemoryError)):
             error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"

@@ -358,14 +358,15 @@ def test_the_trap_a_masked_gradient_does_not_freeze(weight_decay):
 )
 def test_row_optimizer_moves_the_selected_rows_only(kind, options):
     torch.manual_seed(0)
-    values = torch.nn.Parameter(torch.randn(50, 8), requires_grad=False)
+    values, selected = torch.nn.Parameter(torch.randn(500, 8), requires_grad=False), set()
     optimizer = smf.RowOptimizer(values, kind, **options)
     for step in range(40):
-        rows, before = torch.randperm(50)[:7].sort().values, values.clone()
+        rows, before = torch.randperm(500)[:7].sort().values, values.clone()
+        selected |= set(rows.tolist())
         optimizer.step(rows, torch.randn(7, 8), lr=0.1)
         moved = (values != before).any(1)
         assert torch.equal(moved.nonzero().squeeze(1), rows)
-    assert len(optimizer.state["rows"]) <= 50
+        assert {len(part) for part in optimizer.state.values()} == {len(selected)}
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-8])
@@ -1525,19 +1526,18 @@ def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch):
 
     for script in (train_retrofit, train_sparse, baselines):
         spy(script)
-    turns = [SimpleNamespace(acquire=lambda i=i: turned.append(f"wait for {i}"),
-                             release=lambda i=i: turned.append(f"let {i}")) for i in range(2)]
+    barrier = SimpleNamespace(parties=2, wait=lambda: turned.append("next"))
     config = AutoConfig.from_pretrained(ROOT / "tiny/model")
     steps = {name: command for name, command in evaluation.STEPS.items()
              if name != "peft's LoRA" or importlib.util.find_spec("peft")}
     for name, command in steps.items():
         command = command.format(batch=8, middle=2)
         command += " --device=cpu --batch-size=8" + " --micro-batch-size=4" * (name == "SMF")
-        seconds, memory, V, selecting = evaluation.step_costs(command, config, turns, 1, rounds=2)
+        seconds, memory, V, selecting = evaluation.step_costs(command, config, barrier, 1, rounds=2)
         assert len(seconds) == 2 and min(seconds) > 0 and memory > -0.01  # the kernel rounds
         assert V == sum(seen[-1][1].values()) * 64 * 4 / 2**30
         assert (0 < selecting < 1) == ("SMF" in name)
-    assert turned == ["wait for 1", "let 0"] * 4 * len(steps)
+    assert len(turned) == 2 * 4 * len(steps)  # two runners; three steps and the selection
     memory = 3 * (16384 * 64 + 64 * 128 + 2 * 4 * 128 * 16 + 2 * 64 * 64) + 3
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
     three = dict.fromkeys((1, 2, 3), 16384)
@@ -1565,8 +1565,14 @@ def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
     assert "--cost nothing" in refused(capsys, evaluation.main, "--cost=nothing")
     (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(smf.Refused, match="dies was killed"):
-        evaluation.race(["dies"], None, 1)
+    (tmp_path / "fails.py").write_text("raise ValueError('of its own')\n")
+    partner = "train_sparse --device=cpu --batch-size=4 --max-length=32"
+    config = AutoConfig.from_pretrained(ROOT / "tiny/model")
+    with pytest.raises(smf.Refused, match="dies or .* was killed"):
+        evaluation.race(["dies", partner], config, 1)
+    for commands in (["fails", partner], [partner, "fails"]):  # the partner does not wait for ever
+        with pytest.raises(ValueError, match="of its own"):
+            evaluation.race(commands, config, 1)
 
 
 def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsys):
