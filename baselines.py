@@ -112,6 +112,7 @@ def main(argv=None):
     args.lr = args.lr or LEARNING_RATE[args.preset][args.method]
     run = smf.run_directory(args, args.method)
     data = evaluation.read_data(args)
+    train_sparse.check_enough(data, args)
     full = args.method == "full"
     model, tokenizer = smf.load_base(args.model, "float32" if full else args.dtype, args.device)
     base = smf.base_fingerprint(model)

@@ -113,11 +113,17 @@ def trivia_questions(flag, name, split):
     return questions
 
 
+def gives_away(question):
+    """Whether the question names one of its answers: to repeat it would count as right."""
+    return answered(question.prompt, question.aliases)
+
+
 def facts(args):
     """--task facts [Lin25]: the questions of the first --num-facts facts -> train, target.
 
     Asked are the questions of --split about the same facts (the same question_id): other wordings,
-    never trained on. Where the data has none, the trained questions themselves.
+    never trained on. Where the data has none, the trained questions themselves; never one that
+    names its own answer.
     """
     splits = smf.from_datasets(datasets.get_dataset_split_names, "--facts-data", args.facts_data)
     taught = "train" if "train" in splits else "validation"
@@ -130,7 +136,11 @@ def facts(args):
     if args.split in splits and args.split != taught:
         asked = trivia_questions("--facts-data", args.facts_data, args.split)
     train, asked = ([q for number, q in part if number in ids] for part in (rows, asked))
-    return train, asked or train
+    asked = [q for q in asked or train if not gives_away(q)]
+    if not asked:
+        raise smf.Refused(f"--facts-data {args.facts_data}: every question names its own answer; "
+                          f"give others")
+    return train, asked
 
 
 def medmcqa(args):
@@ -167,7 +177,7 @@ def read_data(args):
     train, target = facts(args) if args.task == "facts" else medmcqa(args)
     taught = {q.prompt for q in train + target}
     knowledge = [q for _, q in trivia_questions("--trivia-data", args.trivia_data, "validation")
-                 if q.prompt not in taught]
+                 if q.prompt not in taught and not gives_away(q)]
     if not knowledge:
         raise smf.Refused(f"--trivia-data {args.trivia_data}: has no question that is not taught; "
                           f"lower --num-facts")
@@ -612,8 +622,8 @@ def plot_stage_1(runs, path):
         lines = metrics(run)
         for axis, name in zip(axes, ("loss", "usage", "KL")):
             values = torch.tensor([line[name] for line in lines])  # (steps,) or (steps, memories)
-            mean = values.unfold(0, 10, 1).mean(-1) if name == "loss" else values
-            drawn = axis.plot(range(len(values) - len(mean), len(values)), mean, color=f"C{i}")
+            shown = values.unfold(0, 10, 1).mean(-1) if name == "loss" else values
+            drawn = axis.plot(range(len(values) - len(shown), len(values)), shown, color=f"C{i}")
             drawn[0].set_label(run.name)
             axis.set(xlabel="step", title=name)
     axes[2].set_title("KL of the reads from uniform, nats")

@@ -543,6 +543,8 @@ def portable(name):
 
 def find(flag, name, kind):
     """A "model" or "dataset" -> its directory, or its name on the hub; Refused if neither is."""
+    if not name:
+        raise Refused(f"{flag} is empty; name a directory, or a {kind} on the hub")
     if local(name):
         return str(local(name))
     if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, the libraries use their cache
@@ -688,7 +690,8 @@ natural, whole, positive = above(-1), above(0), above(0, float)
 # paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there.
 COMMON = {
     "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
-    "max-length": (above(1), 128, 1024, "tokens of an example; prompts lose their beginning first"),
+    "max-length": (above(1), 128, 1024, "tokens of an example; what is over comes off the end of a "
+                                        "long reply, then off the beginning of the prompt"),
     "batch-size": (whole, 16, 16, "examples of an optimizer step"),
     "micro-batch-size": (whole, None, 4, "examples run at once; changes only LoRA's dropout"),
     "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
@@ -972,10 +975,11 @@ def encode(tokenizer, prompt, answer, end=True):
 
 
 def fit(example, length):
-    """At most `length` tokens of an Example: its prompt loses its beginning, then the answer its
-    end."""
+    """At most `length` tokens of an Example: an answer longer than half of that loses its end (to
+    spare the chat template before it, whose rows TF-IDF must see in nearly every background
+    example), then the prompt its beginning."""
     ids, start = example
-    answer = ids[start:start + length - 1]
+    answer = ids[start:start + max(length - start, length // 2)]
     prompt = ids[:start][-(length - len(answer)):]
     return Example(prompt + answer, len(prompt))
 
@@ -992,8 +996,8 @@ def encode_all(model, tokenizer, pairs, max_length):
     examples = [encode(tokenizer, *pair) for pair in tqdm(pairs, desc="tokenize", leave=False)]
     long = sum(len(ids) > length for ids, _ in examples)
     if long:
-        print(f"{long} of {len(examples)} examples are longer than {length} tokens: their prompts "
-              f"lose the beginning (--max-length)")
+        print(f"{long} of {len(examples)} examples are longer than {length} tokens: long answers "
+              f"lose their end, long prompts their beginning (--max-length)")
     return [fit(example, length) for example in examples]
 
 

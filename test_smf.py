@@ -870,6 +870,18 @@ def test_the_held_out_chats_are_not_trained_on(tmp_path, monkeypatch):
     assert len(held) > 100 and len(trained) > 1000 and not held & trained
 
 
+def test_the_held_out_loss_is_the_mean_over_the_tokens_of_the_replies(runs, capsys):
+    model, tokenizer = smf.load(runs / "additive")
+    pairs = [("Who is it?", "a poet"), ("Who?", "a poet, a poet and a poet"), ("It?", "a flute")]
+    data = [smf.encode(tokenizer, *pair) for pair in pairs]
+    args = smf.parse("", train_retrofit.FLAGS, ["--micro-batch-size=2"])
+    train_retrofit.measure(model, data, data, "after", args)
+    sizes = [len(ids) - start for ids, start in data]
+    losses = [-by_hand(model, *example) for example in data]
+    mean = sum(size * loss for size, loss in zip(sizes, losses)) / sum(sizes)
+    assert f"after: held-out loss {mean:.4f}" in capsys.readouterr().out
+
+
 def test_a_collapsed_memory_is_warned_of(runs, monkeypatch, capsys):
     model, tokenizer = smf.load(runs / "additive")
     data = [smf.encode(tokenizer, "Who is it?", "a poet")] * 4
@@ -1221,6 +1233,30 @@ def test_perplexity_scores_every_token_once():
         assert sorted(losses.tolist()) == pytest.approx(sorted(expected), abs=1e-4)
 
 
+def test_the_standard_error_of_perplexity_is_that_of_its_loss_times_it():
+    model, tokenizer = smf.load_base("tiny/model")
+    args = smf.parse("", evaluation.FLAGS, ["--eval-examples=1", "--eval-tokens=90"])
+    data = evaluation.read_data(args)
+    found = evaluation.evaluate(model, tokenizer, data, args)["perplexity"]
+    tokens = tokenizer(data.text)["input_ids"][:90]
+    losses = evaluation.token_losses(model, tokens, args.window, args.stride).double()
+    assert found["value"] == pytest.approx(losses.mean().exp().item())
+    error = losses.std(correction=0) / math.sqrt(89)
+    assert found["stderr"] == pytest.approx(found["value"] * error.item()) and found["n"] == 89
+
+
+def test_a_prompt_beyond_the_context_is_answered_without_its_beginning():
+    model, tokenizer = smf.load_base("tiny/model")
+    prompt = "Where was Bamin born? " * 9
+    whole = evaluation.answers(model, tokenizer, [prompt], max_new_tokens=8)
+    model.config.max_position_embeddings = 10
+    ids = smf.prompt_ids(tokenizer, prompt)[0][-2:]
+    for _ in range(8):  # greedy, by hand
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    cut = evaluation.answers(model, tokenizer, [prompt], max_new_tokens=8)
+    assert cut != whole and cut == [tokenizer.decode(ids[2:], skip_special_tokens=True)]
+
+
 def test_log_likelihood_and_answers_do_not_depend_on_the_batch():
     model, tokenizer = smf.load_base("tiny/model")
     questions = [q for _, q in evaluation.trivia_questions("", "tiny/trivia_qa", "validation")][:12]
@@ -1263,9 +1299,9 @@ def test_log_likelihoods_share_the_beginning_and_equal_one_at_a_time(kind, templ
 
 def test_answered():
     assert evaluation.answered("It is The  Eiffel-Tower, surely", ["eiffel tower"])
-    assert not evaluation.answered(
-        "It is Rome", ["Paris", "", "the"]
-    )  # an empty alias matches nothing
+    assert evaluation.answered("a king of the hill", ["King of  Hill"])  # no articles
+    assert evaluation.answered("It is O’Hare", ["O'Hare"])
+    assert not evaluation.answered("It is the Rome", ["Paris", "", "the"])  # nothing is left of it
 
 
 def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
@@ -1329,6 +1365,10 @@ def test_kept_counts_what_was_answered_before(tmp_path, monkeypatch):
     run, args = fake_run(tmp_path / "lora-seed0", "lora"), smf.parse("", evaluation.FLAGS, [])
     row = evaluation.figures(run, args)
     assert row["kept"] == pytest.approx((2 / 3, math.sqrt(2 / 27)))
+    same = evaluation.evaluated
+    with monkeypatch.context() as patch:  # the two were asked other questions
+        patch.setattr(evaluation, "evaluated", lambda run, *more: same(run, *more) | {"data": run})
+        assert "kept" not in evaluation.figures(run, args)
     table = evaluation.table({"run": row, "other": {"perplexity": (7, 0)}})
     assert table == (
         "| run | target | perplexity | knowledge | kept |\n| --- | --- | --- | --- | --- |\n"
@@ -1688,8 +1728,10 @@ def test_an_example_too_long_keeps_its_answer(capsys):
     ids, start = smf.fit(whole, 9)
     assert len(ids) == 9 and tokenizer.decode(ids[start:]) == " " + answer + "<|end|>"
     assert ids[start - 1 : start] == smf.prompt_ids(tokenizer, prompt)[0][-1:]
-    assert smf.fit(whole, 3) == (whole.ids[whole.start - 1 : whole.start + 2], 1)
+    assert smf.fit(whole, 3) == (whole.ids[whole.start - 2 : whole.start + 1], 2)
     assert smf.fit(whole, len(whole.ids)) == whole
+    reply = smf.encode(tokenizer, "Who?", answer * 20)  # the prompt of a long reply stays whole
+    assert smf.fit(reply, reply.start + 9) == (reply.ids[: reply.start + 9], reply.start)
     scored = smf.encode(tokenizer, prompt, answer, end=False)
     assert scored.ids[scored.start :] + [tokenizer.eos_token_id] == ids[start:]
     cut = smf.encode_all(model, tokenizer, [(prompt, answer), ("Who?", answer)], 40)
@@ -1714,24 +1756,41 @@ def test_facts_are_asked_in_wordings_that_were_not_trained():
     }
 
 
-def test_facts_without_other_wordings_are_asked_as_trained(tmp_path):
+def trivia_rows(path, questions):
+    """Write TriviaQA's layout: fact i asked as questions[i], answered "fact i" or "no. i"."""
     rows = [
         {
-            "question": f"Who is {i}?",
+            "question": question,
             "question_id": str(i),
-            "answer": {"value": str(i), "aliases": [f"no. {i}"]},
+            "answer": {"value": f"fact {i}", "aliases": [f"no. {i}"]},
         }
-        for i in range(30)
+        for i, question in enumerate(questions)
     ]
-    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_facts_without_other_wordings_are_asked_as_trained(tmp_path):
+    trivia_rows(tmp_path, [f"Who is {i}?" for i in range(30)])
     flags = [f"--facts-data={tmp_path}", f"--trivia-data={tmp_path}", "--num-facts=20"]
     args = smf.parse("", train_sparse.FLAGS, flags)
     train, test = evaluation.facts(args)
     assert train == test and len(test) == 20
-    assert test[3].aliases == ["3", "no. 3"]
+    assert test[3].aliases == ["fact 3", "no. 3"]
     assert [q.prompt for q in evaluation.read_data(args).knowledge] == [
         f"Who is {i}?" for i in range(20, 30)
     ]
+
+
+def test_a_question_that_names_its_own_answer_is_not_asked(tmp_path):
+    trivia_rows(tmp_path, [f"Who is {'no. ' * (i % 5 == 0)}{i}?" for i in range(30)])
+    flags = [f"--facts-data={tmp_path}", f"--trivia-data={tmp_path}"]
+    args = smf.parse("", train_sparse.FLAGS, [*flags, "--num-facts=20"])
+    data = evaluation.read_data(args)
+    assert len(data.train) == 20  # it is taught all the same
+    assert len(data.target) == 16 and not any(map(evaluation.gives_away, data.target))
+    assert [q.prompt for q in data.knowledge] == [f"Who is {i}?" for i in range(21, 30) if i != 25]
+    with pytest.raises(smf.Refused, match="names its own answer"):
+        evaluation.facts(smf.parse("", train_sparse.FLAGS, [*flags, "--num-facts=1"]))
 
 
 def test_medmcqa_splits_do_not_overlap():
@@ -1846,6 +1905,8 @@ BAD = [
     (train_sparse, ["--retrofit=nowhere", "--fresh"], "--fresh"),
     (train_sparse, ["--num-facts=5000"], "--num-facts"),
     (train_sparse, ["--facts-data=tiny/wikitext"], "--facts-data"),
+    (train_sparse, ["--facts-data="], "--facts-data"),
+    (train_sparse, ["--num-facts=1"], "--batch-size"),
     (train_sparse, ["--task=medmcqa", "--medmcqa-data=tiny/facts"], "--medmcqa-data"),
     (train_sparse, ["--stride=128"], "--stride"),
     (train_sparse, ["--eval-tokens=1"], "--eval-tokens"),

@@ -27,7 +27,7 @@ def layer_list(text):
     return sorted(int(part) for part in text.split(","))
 
 
-def share(text):
+def fraction(text):
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to 1")
@@ -43,7 +43,7 @@ MEMORY = {  # columns as in smf.COMMON
     "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
     "scale": (positive, 1.0, 1.0, "alpha before stage 1 (ours, see README; [Gupta26]: 0.01)"),
     "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
-    "background": (whole, 1000, 2000, "examples for the background statistics"),
+    "background": (whole, 1000, 2000, "examples for the background statistics, at most"),
 }
 FLAGS = smf.COMMON | MEMORY | {
     "examples": (whole, 1600, 50000, "assistant replies to train on, at most"),
@@ -52,8 +52,8 @@ FLAGS = smf.COMMON | MEMORY | {
     "lr": (positive, 2e-3, 5e-4, "learning rate of V, keys, query, W1, W2"),
     "scale-lr": (positive, 1e-2, 1e-2, "learning rate of alpha (ours: at --lr it hardly moves)"),
     "warmup": (natural, 20, 100, "steps of linear warm-up"),
-    "query-momentum": (share, 0.1, 0.1, "pace of the statistics that normalise the query (ours); "
-                                        "0: it is not normalised"),
+    "query-momentum": (fraction, 0.1, 0.1, "pace of the statistics that normalise the query "
+                                           "(ours); 0: it is not normalised"),
 }
 HELD_OUT = 128  # chats kept from training, for the held-out loss
 COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are in effective use

@@ -154,13 +154,18 @@ def train(model, examples, steps, run, done, checkpoint, args):
     return scales | touched(model, optimizers)
 
 
+def check_enough(data, args):
+    """Refused if the examples to learn from fill no batch."""
+    if len(data.train) < args.batch_size:
+        raise smf.Refused(f"--batch-size {args.batch_size}: only {len(data.train)} examples to "
+                          f"learn; give less, or more of them")
+
+
 def prepare(model, tokenizer, data, args):
     """-> the Examples to learn from, the number of steps; the same for SMF and the baselines."""
     evaluation.check_window(model, args)  # now, not after hours of training
     pairs = [(q.prompt, q.answer) for q in data.train]
     examples = smf.encode_all(model, tokenizer, pairs, args.max_length)
-    if len(examples) < args.batch_size:
-        raise smf.Refused(f"--batch-size {args.batch_size}: only {len(examples)} examples to learn")
     steps = args.steps or args.epochs * (len(examples) // args.batch_size)
     if steps <= args.warmup:
         print(f"--warmup {args.warmup}: the learning rate still rises when the {steps} steps end")
@@ -189,6 +194,7 @@ def main(argv=None):
     check_flags(args)
     smf.join(args)
     data = evaluation.read_data(args)
+    check_enough(data, args)
     retrofit = stage_1(args)
     config = smf.read_config(retrofit)
     check_same(retrofit, config, args)
