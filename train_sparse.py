@@ -25,7 +25,8 @@ import train_retrofit
 from smf import natural, positive, whole
 
 # tiny: the study's choice for tfidf, README has the others'. paper: not measured at its 11,250
-# steps; as if rate times steps decided, from 150 steps of SmolLM2-135M at 8 and 6e6 (README).
+# steps; as if rate times steps decided, from 150 steps of SmolLM2-135M at 8 and 6e6 with a
+# fresh memory; after a long stage 1 it should be lower (README).
 LEARNING_RATE = {
     "tiny": {"adamw": 0.5, "sgd": 6000.0},
     "paper": {"adamw": 0.1, "sgd": 80000.0},
