@@ -185,8 +185,9 @@ def memories(model):
 def retrofit(model, layers, mode="additive", scale=0.01, **memory_shape):
     """Put a memory into the blocks `layers` (0-based) of a Hugging Face decoder, freeze the rest.
 
-    mode: "additive" or "replacement". scale: alpha at the start. memory_shape: n_keys, heads,
-    k_dim, top_k. Changes the model and returns it. Raises Refused on an unknown mode or layer.
+    mode: "additive" or "replacement". scale: alpha at the start, the papers' 0.01 unless given (the
+    scripts give 1). memory_shape: n_keys, heads, k_dim, top_k. Changes the model and returns it.
+    Raises Refused on an unknown mode or layer.
     """
     blocks = decoder_blocks(model)
     if mode not in ("additive", "replacement"):
@@ -496,7 +497,7 @@ def load_rows(model, tensors, source):
     """
     for layer, wrapper in wrappers(model).items():
         table, scale = wrapper.memory.values, getattr(wrapper, "scale", None)
-        rows, values = (tensors.get(f"{layer}.{part}", torch.tensor(0.0))
+        rows, values = (tensors.get(f"{layer}.{part}", torch.tensor(0.0))  # missing: does not fit
                         for part in ("rows", "values"))
         fits = rows.dtype == torch.int64 and values.shape == (*rows.shape[:1], table.shape[1])
         if not fits or not torch.isin(rows, torch.arange(len(table))).all():
@@ -521,7 +522,7 @@ def digest(value):
 
 
 def base_fingerprint(model):
-    """The same of a pretrained model, its weights in bfloat16: any --dtype gives the same."""
+    """fingerprint of a pretrained model, in bfloat16, so that any --dtype gives the same."""
     return fingerprint({name: p.bfloat16() for name, p in model.named_parameters()})
 
 
@@ -693,7 +694,8 @@ COMMON = {
     "max-length": (above(1), 128, 1024, "tokens of an example; what is over comes off the end of a "
                                         "long reply, then off the beginning of the prompt"),
     "batch-size": (whole, 16, 16, "examples of an optimizer step"),
-    "micro-batch-size": (whole, None, 4, "examples run at once; changes only LoRA's dropout"),
+    "micro-batch-size": (whole, None, 4, "examples run at once (none: all of the batch); changes "
+                                         "only LoRA's dropout"),
     "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
     "seed": (natural, 0, 0, "of initialisation and batches"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto", "auto: cuda, else mps, else cpu"),
@@ -1002,7 +1004,7 @@ def encode_all(model, tokenizer, pairs, max_length):
 
 
 def collate(examples, device="cpu", length=0):
-    """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (C,), targets (B, C).
+    """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (P,), targets (B, P).
 
     length: T is at least this.
     columns: positions where some example predicts a target; only there are logits needed.
@@ -1014,24 +1016,24 @@ def collate(examples, device="cpu", length=0):
     for b, (ids, start) in enumerate(examples):
         input_ids[b, :len(ids)], mask[b, :len(ids)] = torch.tensor(ids), 1
         labels[b, start:len(ids)] = torch.tensor(ids[start:])
-    columns = (labels[:, 1:] != -100).any(0).nonzero().squeeze(-1)  # (C,)
+    columns = (labels[:, 1:] != -100).any(0).nonzero().squeeze(-1)  # (P,)
     batch = {"input_ids": input_ids, "attention_mask": mask, "columns": columns,
              "targets": labels[:, columns + 1]}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def token_loss(model, batch, cache=None):
-    """-log p of every target of a collated batch -> (B, C), 0 where there is none.
+    """-log p of every target of a collated batch -> (B, P), 0 where there is none.
 
     cache: the past_key_values of what comes before, if the batch goes on from there.
     """
     past = cache.get_seq_length() if cache else 0
     logits = model(batch["input_ids"], past_key_values=cache, use_cache=cache is not None,
                    attention_mask=F.pad(batch["attention_mask"], (past, 0), value=1),
-                   logits_to_keep=batch["columns"]).logits  # (B, C, vocabulary)
+                   logits_to_keep=batch["columns"]).logits  # (B, P, vocabulary)
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
-                           ignore_index=-100, reduction="none")  # (B * C,)
-    return loss.view_as(batch["targets"])  # (B, C)
+                           ignore_index=-100, reduction="none")  # (B * P,)
+    return loss.view_as(batch["targets"])  # (B, P)
 
 
 def backward(model, batch, micro_batch_size):

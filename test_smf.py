@@ -1257,6 +1257,20 @@ def test_a_prompt_beyond_the_context_is_answered_without_its_beginning():
     assert cut != whole and cut == [tokenizer.decode(ids[2:], skip_special_tokens=True)]
 
 
+def test_a_question_beyond_the_context_is_scored_without_its_beginning():
+    model, tokenizer = smf.load_base("tiny/model")
+    question = evaluation.trivia_questions("", "tiny/trivia_qa", "validation")[0][1]
+    question = question._replace(prompt=question.prompt * 9)
+    model.config.max_position_embeddings = 40
+    whole = smf.encode(tokenizer, question.prompt, question.answer, end=False)
+    ids, start = whole.ids[-40:], whole.start - len(whole.ids) + 40
+    assert len(whole.ids) > 40 and start > 0
+    log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)  # (40, vocabulary)
+    by_hand = sum(log_p[i - 1, ids[i]].item() for i in range(start, 40)) / (40 - start)
+    found = evaluation.ask(model, tokenizer, [question])[1].item()
+    assert found == pytest.approx(by_hand, abs=1e-4)
+
+
 def test_log_likelihood_and_answers_do_not_depend_on_the_batch():
     model, tokenizer = smf.load_base("tiny/model")
     questions = [q for _, q in evaluation.trivia_questions("", "tiny/trivia_qa", "validation")][:12]
@@ -1466,6 +1480,18 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
     known, unread, other = (evaluation.evaluated(run, args, data)["calls"]
                             for data in ("data validation", None, "other data"))
     assert (known, unread, other) == (2, 2, 4)
+
+
+def test_another_base_has_figures_of_its_own(tmp_path):
+    config = {"model": "tiny/model", "dtype": "float32", "fingerprint": "one"}
+    base = evaluation.base_run(tmp_path, config)
+    files = [base / "eval.json", base / "eval-validation.json"]
+    for file in files:
+        file.write_text("{}")
+    evaluation.base_run(tmp_path, config)
+    assert all(file.exists() for file in files)
+    evaluation.base_run(tmp_path, config | {"fingerprint": "another"})
+    assert not any(file.exists() for file in files)
 
 
 def test_splits_that_ask_the_same_are_measured_once(tmp_path, monkeypatch):
@@ -1963,6 +1989,17 @@ def test_foreign_directories_are_left_alone(runs, tmp_path, capsys):
     assert "--scale" in other
     assert (tmp_path / "base/config.json").read_text() == '{"model_type": "qwen2"}'
     assert [path.name for path in tmp_path.rglob("*")] == ["base", "config.json"]
+
+
+def test_overwrite_begins_again_and_keeps_no_figures(runs, tmp_path):
+    sparse(runs, tmp_path / "run", "--lr=0.1")
+    for name in ("eval.json", "eval-validation.json"):
+        (tmp_path / "run" / name).write_text('{"of": "the old run"}')
+    sparse(runs, tmp_path / "run", "--lr=1", "--overwrite")
+    sparse(runs, tmp_path / "new", "--lr=1")
+    assert same_run(tmp_path / "run", tmp_path / "new")
+    assert "old" not in (tmp_path / "run/eval.json").read_text()
+    assert not (tmp_path / "run/eval-validation.json").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(capsys):
