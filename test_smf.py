@@ -1993,8 +1993,9 @@ def test_foreign_directories_are_left_alone(runs, tmp_path, capsys):
 
 def test_overwrite_begins_again_and_keeps_no_figures(runs, tmp_path):
     sparse(runs, tmp_path / "run", "--lr=0.1")
+    figures = smf.read_json(tmp_path / "run/eval.json") | {"of": "the old run"}
     for name in ("eval.json", "eval-validation.json"):
-        (tmp_path / "run" / name).write_text('{"of": "the old run"}')
+        smf.write_json(tmp_path / "run" / name, figures)
     sparse(runs, tmp_path / "run", "--lr=1", "--overwrite")
     sparse(runs, tmp_path / "new", "--lr=1")
     assert same_run(tmp_path / "run", tmp_path / "new")
