@@ -28,7 +28,7 @@ from smf import natural, positive, whole
 # steps; as if rate times steps decided, from 150 steps of SmolLM2-135M at 8 and 6e6 with a
 # fresh memory; after a long stage 1 it should be lower (README).
 LEARNING_RATE = {
-    "tiny": {"adamw": 0.5, "sgd": 6000.0},
+    "tiny": {"adamw": 0.5, "sgd": 3000.0},
     "paper": {"adamw": 0.1, "sgd": 80000.0},
 }
 FLAGS = smf.COMMON | train_retrofit.MEMORY | evaluation.EVALUATION | {
