@@ -318,21 +318,22 @@ def check_window(model, args):
                           f"most; give no more")
 
 
-def evaluate(model, tokenizer, data, args):
-    """All measures of a model, as eval.json holds them."""
+def learned(model, tokenizer, data, args):
+    """The target's measures, as eval.json holds them."""
+    if args.task == "medmcqa":
+        return {"target_accuracy": mean(choose(model, tokenizer, data.target))}
+    right, likelihood = ask(model, tokenizer, data.target)
+    return {"target_accuracy": mean(right), "target_log_likelihood": mean(likelihood)}
+
+
+def forgotten(model, tokenizer, data, args):
+    """The measures of all else, as eval.json holds them; both splits ask for the same."""
     check_window(model, args)
-    result = {"settings": settings(args)}
-    if args.task == "facts":
-        right, likelihood = ask(model, tokenizer, data.target)
-        result["target_log_likelihood"] = mean(likelihood)
-    else:
-        right = choose(model, tokenizer, data.target)
-    result["target_accuracy"] = mean(right)
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"]
     loss = mean(token_losses(model, tokens[:args.eval_tokens or None], args.window, args.stride))
     perplexity = math.exp(loss["value"])
-    result["perplexity"] = {"value": perplexity, "stderr": perplexity * loss["stderr"],
-                            "n": loss["n"]}
+    result = {"perplexity": {"value": perplexity, "stderr": perplexity * loss["stderr"],
+                             "n": loss["n"]}}
     right, likelihood = ask(model, tokenizer, data.knowledge)
     result["knowledge_accuracy"], result["knowledge_log_likelihood"] = mean(right), mean(likelihood)
     result["knowledge_right"] = right
@@ -374,23 +375,26 @@ def origin(run):
 
 
 def evaluated(run, args, data=None):
-    """RUN/eval.json, or eval-validation.json; measured first, in float32, unless it is there and
-    was taken with the same settings and data. data: read when needed, if None."""
+    """RUN/eval.json, or eval-validation.json; measured first, in float32, but for what either of
+    them has of the same settings and data. data: read when needed, if None."""
     files = {"test": run / "eval.json", "validation": run / "eval-validation.json"}
     taken = {split: smf.read_json(file) for split, file in files.items() if file.exists()}
     own = taken.get(args.split, {})
     if own.get("settings") == settings(args) and data is None:
         return own
     data = data or read_data(args)
-    asked = {"settings": settings(args), "data": smf.digest(data[1:])}
-    for result in taken.values():  # of either split: both may ask the same questions
-        result = result | {"settings": result.get("settings", {}) | {"split": args.split}}
-        if result | asked == result:
-            break
-    else:
+    asked = {"settings": settings(args), "target_data": smf.digest(data.target),
+             "data": smf.digest(data[2:])}
+    alike = [old for old in taken.values() if old.get("data") == asked["data"]
+             and old.get("settings", {}) | {"split": args.split} == asked["settings"]]
+    same = [old for old in alike if old.get("target_data") == asked["target_data"]]
+    result = next(iter(same or alike), {})
+    if not same:
         tqdm.write(f"evaluating {run} on the {args.split} split", file=sys.stderr)
         model, tokenizer = smf.load(run, args.device)
-        result = evaluate(model.float(), tokenizer, data, args) | asked
+        for measure in [forgotten] * (not alike) + [learned]:
+            result = result | measure(model.float(), tokenizer, data, args)
+    result = result | asked
     if result != own:
         smf.write_json(files[args.split], result)
     return result

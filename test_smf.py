@@ -432,10 +432,16 @@ def runs(tmp_path_factory):
     return path
 
 
+def unmeasured(patch):
+    """Have runs evaluated in no time."""
+    patch.setattr(evaluation, "learned", lambda *_: {})
+    patch.setattr(evaluation, "forgotten", lambda *_: {"knowledge_right": [True]})
+
+
 def sparse(runs, out, *flags, mode="additive"):
     """Run train_sparse.py without its evaluation -> the tensors of its model's memories."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", lambda *_: {"knowledge_right": []})
+        unmeasured(patch)
         train_sparse.main(
             [f"--retrofit={runs / mode}", f"--mode={mode}", f"--out={out}", *QUICK, *flags]
         )
@@ -1009,7 +1015,7 @@ def baseline_runs(tmp_path_factory):
 def baseline(method, out, *flags):
     """Run baselines.py without its evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", lambda *_: {"knowledge_right": []})
+        unmeasured(patch)
         baselines.main([f"--method={method}", f"--out={out}", *QUICK, *flags])
 
 
@@ -1237,7 +1243,7 @@ def test_the_standard_error_of_perplexity_is_that_of_its_loss_times_it():
     model, tokenizer = smf.load_base("tiny/model")
     args = smf.parse("", evaluation.FLAGS, ["--eval-examples=1", "--eval-tokens=90"])
     data = evaluation.read_data(args)
-    found = evaluation.evaluate(model, tokenizer, data, args)["perplexity"]
+    found = evaluation.forgotten(model, tokenizer, data, args)["perplexity"]
     tokens = tokenizer(data.text)["input_ids"][:90]
     losses = evaluation.token_losses(model, tokens, args.window, args.stride).double()
     assert found["value"] == pytest.approx(losses.mean().exp().item())
@@ -1457,29 +1463,31 @@ def test_the_frontier_is_that_of_the_validation_split():
 
 
 def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypatch):
+    """Both splits share the measures of forgetting; another setting or other data has its own."""
     calls = []
-
-    def evaluate(model, tokenizer, data, args):
-        calls.append(args.split)
-        return {"settings": evaluation.settings(args), "calls": len(calls)}
-
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for measure in ("learned", "forgotten"):
+        def count(model, tokenizer, data, args, measure=measure):
+            calls.append(f"{measure}, {args.split}")
+            return {measure: len(calls)}
+        monkeypatch.setattr(evaluation, measure, count)
     base = smf.base_fingerprint(smf.load_base("tiny/model")[0])
     run = evaluation.base_run(
         tmp_path, {"model": "tiny/model", "dtype": "float32", "fingerprint": base})
 
-    def read(*flags):
+    def read(*flags, data="{split} text"):
         args = smf.parse("", evaluation.FLAGS, flags)
-        return evaluation.evaluated(run, args, f"data {args.split}")["calls"]
+        data = data and evaluation.Data([], *data.format(split=args.split).split(), [], "")
+        result = evaluation.evaluated(run, args, data)
+        return result["forgotten"], result["learned"]
 
-    assert [read(), read(), read("--split=validation"), read(), read("--split=validation")] == [
-        1, 1, 2, 1, 2]
-    assert [read("--stride=32"), read("--stride=32"), read("--split=validation")] == [3, 3, 2]
-    assert calls == ["test", "validation", "test"]
-    args = smf.parse("", evaluation.FLAGS, ["--split=validation"])
-    known, unread, other = (evaluation.evaluated(run, args, data)["calls"]
-                            for data in ("data validation", None, "other data"))
-    assert (known, unread, other) == (2, 2, 4)
+    validation = "--split=validation"
+    assert [read(), read(), read(validation), read(), read(validation)] == [
+        (1, 2), (1, 2), (1, 3), (1, 2), (1, 3)]
+    assert calls == ["forgotten, test", "learned, test", "learned, validation"]
+    assert [read("--stride=32"), read("--stride=32"), read(validation)] == [(4, 5), (4, 5), (1, 3)]
+    assert read(validation, data=None) == (1, 3)
+    assert read(validation, data="other text") == (1, 6)
+    assert read(validation, data="other words") == (7, 8)
 
 
 def test_another_base_has_figures_of_its_own(tmp_path):
@@ -1496,31 +1504,33 @@ def test_another_base_has_figures_of_its_own(tmp_path):
 
 def test_splits_that_ask_the_same_are_measured_once(tmp_path, monkeypatch):
     """Facts without other wordings: eval-validation.json is eval.json, but for the split's name."""
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: {"target_accuracy": 0.5})
+    unmeasured(monkeypatch)
     monkeypatch.setattr(smf, "load", lambda *_: (torch.nn.Module(), None))
 
-    def read(split, data):
+    def read(split, target):
         args = smf.parse("", evaluation.FLAGS, [f"--split={split}"])
-        return evaluation.evaluated(tmp_path, args, data)
+        return evaluation.evaluated(tmp_path, args, evaluation.Data([], target, [], [], ""))
 
-    test = read("test", "data")
-    monkeypatch.delattr(evaluation, "evaluate")
-    validation = read("validation", "data")
+    test = read("test", "target")
+    monkeypatch.delattr(smf, "load")
+    validation = read("validation", "target")
     assert validation == test | {"settings": test["settings"] | {"split": "validation"}}
     assert smf.read_json(tmp_path / "eval-validation.json") == validation
     assert smf.read_json(tmp_path / "eval.json") == test
-    with pytest.raises(NameError):
-        read("validation", "other data")
+    with pytest.raises(AttributeError):
+        read("validation", "another target")
 
 
 def test_all_are_measured_in_float32(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, *_: {
-        "types": [str(tensor.dtype) for tensor in model.parameters()]})
+    for measure in ("learned", "forgotten"):
+        monkeypatch.setattr(evaluation, measure, lambda model, *_, measure=measure: {
+            measure: {str(tensor.dtype) for tensor in model.parameters()} == {"torch.float32"}})
     base = smf.base_fingerprint(smf.load_base("tiny/model")[0])
     run = evaluation.base_run(
         tmp_path, {"model": "tiny/model", "dtype": "bfloat16", "fingerprint": base})
-    result = evaluation.evaluated(run, smf.parse("", evaluation.FLAGS, []), "data")
-    assert set(result["types"]) == {"torch.float32"}
+    data = evaluation.Data([], [], [], [], "")
+    result = evaluation.evaluated(run, smf.parse("", evaluation.FLAGS, []), data)
+    assert result["learned"] and result["forgotten"]
 
 
 def test_the_study_counts_parameters_and_writes_its_files(
@@ -1868,14 +1878,7 @@ def test_names_of_runs(tmp_path, monkeypatch, script, flags, name):
 
 
 def test_eval_shows_every_run_under_its_task_beside_the_base(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        evaluation,
-        "evaluate",
-        lambda model, tokenizer, data, args: {
-            "settings": evaluation.settings(args),
-            "knowledge_right": [True],
-        },
-    )
+    unmeasured(monkeypatch)
     flags = [f"--retrofit={runs / 'additive'}", *QUICK, "--steps=1"]
     for name, task in (("a/run", "facts"), ("b/run", "facts"), ("a/other", "medmcqa")):
         train_sparse.main([*flags, f"--task={task}", f"--out={tmp_path / name}"])
@@ -2109,7 +2112,7 @@ def finished_runs(runs, baseline_runs, tmp_path_factory):
     for method in ("lora", "full"):
         shutil.copytree(baseline_runs / method, path / method)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", lambda *_: {"knowledge_right": []})
+        unmeasured(patch)
         train_sparse.main([f"--retrofit={path / 'retrofit'}", f"--out={path / 'sparse'}", *QUICK])
     return path
 
