@@ -660,6 +660,8 @@ def load(run_dir, device="cpu"):
     anything is missing, another than it was, does not fit or is not finite.
     """
     config = read_config(run_dir)
+    if not finished(run_dir):
+        raise Refused(f"{run_dir}: is unfinished; end it first, by the same command with --resume")
     with restoring(run_dir):
         model, tokenizer = rebuild(run_dir, config, device)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):

@@ -2082,6 +2082,7 @@ BROKEN = [  # kind of run, its file, what happens to it, what the refusal says
     ("retrofit", "memory.safetensors", lambda t: t["2.scale"].fill_(math.inf), "finite"),
     ("retrofit", "memory.safetensors", truncate, "cannot be read"),
     ("retrofit", "memory.safetensors", pickle, "cannot be read"),
+    ("retrofit", "memory.safetensors", Path.unlink, "unfinished"),
     ("sparse", "config.json", lambda c: c.update(retrofit="../../nowhere"), "missing or another"),
     ("sparse", "config.json", lambda c: c.pop("retrofit"), "retrofit"),
     ("sparse", "config.json", lambda c: c.update(retrofit="."), "missing or another"),
@@ -2101,6 +2102,7 @@ BROKEN = [  # kind of run, its file, what happens to it, what the refusal says
     ("lora", "lora.safetensors", truncate, "cannot be read"),
     ("lora", "config.json", lambda c: c.update(lora_scale="2"), "lora_scale"),
     ("full", "model/model.safetensors", truncate, "cannot be loaded"),
+    ("full", "model", shutil.rmtree, "unfinished"),
     ("full", "model/config.json", lambda c: c.update(model_type="unheard"), "cannot be loaded"),
 ]
 
@@ -2121,7 +2123,7 @@ def finished_runs(runs, baseline_runs, tmp_path_factory):
 def test_a_broken_run_is_refused(finished_runs, tmp_path, capsys, kind, file, change, said):
     shutil.copytree(finished_runs, tmp_path / "runs")
     path = tmp_path / "runs" / kind / file
-    if change in (truncate, pickle):
+    if change in (truncate, pickle, Path.unlink, shutil.rmtree):
         change(path)
     else:
         rewrite(path, change)
