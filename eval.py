@@ -218,8 +218,8 @@ def log_likelihoods(model, examples, size=32):
     for indices, batch in batches(examples, size, "log-likelihood"):
         shared, cache = os.path.commonprefix([ids[:start - 1] for ids, start in batch]), None
         if shared:
-            cache = model(torch.tensor([shared], device=model.device),
-                          logits_to_keep=1).past_key_values
+            cache = model(torch.tensor([shared], device=model.device), logits_to_keep=1,
+                          use_cache=True).past_key_values
             cache.batch_repeat_interleave(len(batch))
         batch = smf.collate([smf.Example(ids[len(shared):], start - len(shared))
                              for ids, start in batch], model.device)
@@ -375,18 +375,20 @@ def origin(run):
 
 
 def evaluated(run, args, data=None):
-    """RUN/eval.json, or eval-validation.json; measured first, in float32, but for what either of
-    them has of the same settings and data. data: read when needed, if None."""
+    """RUN/eval.json, or eval-validation.json of the other split. What either of them has of the
+    same settings and data is taken from there; the rest is measured, in float32, and written.
+    data: read when needed, if None."""
     files = {"test": run / "eval.json", "validation": run / "eval-validation.json"}
     taken = {split: smf.read_json(file) for split, file in files.items() if file.exists()}
     own = taken.get(args.split, {})
-    if own.get("settings") == settings(args) and data is None:
+    if data is None and own.get("settings") == settings(args) and "target_data" in own:
         return own
     data = data or read_data(args)
     asked = {"settings": settings(args), "target_data": smf.digest(data.target),
              "data": smf.digest(data[2:])}
     alike = [old for old in taken.values() if old.get("data") == asked["data"]
              and old.get("settings", {}) | {"split": args.split} == asked["settings"]]
+    # alike in all but the target, perhaps; then what is forgotten is known
     same = [old for old in alike if old.get("target_data") == asked["target_data"]]
     result = next(iter(same or alike), {})
     if not same:
@@ -470,17 +472,22 @@ STUDY = {  # title: conditions, as run directories are named without -lr and -se
 }
 
 
-LEARNED_ALIKE = {"model", "dtype", "batch_size", "max_length", "epochs", "steps", "warmup"}
+LEARNED_ALIKE = {"model", "dtype", "training_data", "batch_size", "max_length", "epochs", "steps",
+                 "warmup"}
 
 
 def check_alike(runs, names=None):
-    """Refused if these runs differ in any of these arguments; in any but rate and seed, if None."""
-    first, *others = ((run, smf.read_config(run).get("arguments", {})) for run in runs)
-    for run, arguments in others:
-        for name in sorted(names or arguments.keys() - {"lr", "seed", "split", "retrofit"}):
-            if arguments.get(name) != first[1].get(name):
-                raise smf.Refused(f"--results: {name} is {arguments.get(name)} in {run}, but "
-                                  f"{first[1].get(name)} in {first[0]}; name the runs to compare")
+    """Refused if these runs differ in what they learned from, or in any of these arguments; in any
+    but rate and seed, if None."""
+    configs = {run: smf.read_config(run) for run in runs}
+    taught = {run: config.get("arguments", {}) | {"training_data": config.get("training_data")}
+              for run, config in configs.items()}
+    first = taught[runs[0]]
+    for run, own in taught.items():
+        for name in sorted(names or own.keys() - {"lr", "seed", "split", "retrofit"}):
+            if own.get(name) != first.get(name):
+                raise smf.Refused(f"--results: {name} is {own.get(name)} in {run}, but "
+                                  f"{first.get(name)} in {runs[0]}; name the runs to compare")
 
 
 def sweeps(runs, task):

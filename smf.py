@@ -259,8 +259,9 @@ def read_only(model, batch):
 def collect_background(model, batches):
     """Record in each memory what general text reads of it [Gupta26 §3.2, App. A].
 
-    batches: collated batches (see collate). Sets doc_freq (N,), b_i: how many examples read row i;
-    background_counts (N,), C_i: all reads of it; num_batches, B: how many examples there were.
+    batches: of collate (part 7): {"input_ids": (B, T), "attention_mask": (B, T), ...}. Sets
+    doc_freq (N,), b_i: how many examples read row i; background_counts (N,), C_i: all reads of it;
+    num_batches, B: how many examples there were.
     # differs: examples run together, for speed, but each counts as a batch of one, as in the paper.
     """
     for memory in memories(model).values():
@@ -690,7 +691,8 @@ natural, whole, positive = above(-1), above(0), above(0, float)
 
 
 # A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
-# paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there.
+# paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there. Ours are, too, all
+# flags that change no figure: micro-batches, device, dtype of the base, checkpoints, directories.
 COMMON = {
     "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
     "max-length": (above(1), 128, 1024, "tokens of an example; what is over comes off the end of a "
@@ -698,7 +700,7 @@ COMMON = {
     "batch-size": (whole, 16, 16, "examples of an optimizer step"),
     "micro-batch-size": (whole, None, 4, "examples run at once (none: all of the batch); changes "
                                          "only LoRA's dropout"),
-    "save-every": (whole, 100, 100, "steps between checkpoints (ours)"),
+    "save-every": (whole, 100, 100, "steps between checkpoints"),
     "seed": (natural, 0, 0, "of initialisation and batches"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto", "auto: cuda, else mps, else cpu"),
     "dtype": (("auto", "float32", "bfloat16"), "auto", "auto",

@@ -844,6 +844,19 @@ def test_stage_1_keeps_the_query_statistics_of_what_it_reads(tmp_path):
     assert not tensors["1.memory.query_mean"].any() and (tensors["1.memory.query_var"] == 1).all()
 
 
+def test_the_background_is_that_of_the_trained_memory(tmp_path):
+    flags = [*SMALL, "--examples=64", "--background=40", "--steps=4", "--lr=0.1"]
+    train_retrofit.main([*flags, f"--out={tmp_path / 'run'}"])
+    model, tokenizer = smf.load(tmp_path / "run")
+    args = smf.parse("", train_retrofit.FLAGS, [*flags, "--micro-batch-size=16"])
+    chats = train_retrofit.general_chats(args)[train_retrofit.HELD_OUT:][:40]
+    general = smf.encode_all(model, tokenizer, chats, args.max_length)
+    smf.collect_background(model, train_retrofit.micro_batches(general, args, ""))
+    saved = smf.read_tensors(tmp_path / "run/memory.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in smf.memory_state(model).items())
+    assert saved["1.memory.num_batches"] == 40 and saved["1.memory.doc_freq"].max() == 40
+
+
 def test_stage_1_logs_what_each_batch_reads(runs, tmp_path):
     flags = ["--steps=1", "--examples=64", "--background=40", *SMALL, "--seed=7"]
     train_retrofit.main([*flags, f"--out={tmp_path}"])
@@ -1285,10 +1298,14 @@ def test_log_likelihood_and_answers_do_not_depend_on_the_batch():
     assert together == [
         evaluation.answers(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts
     ]
+    assert evaluation.answers(model, tokenizer, prompts[:3]) == evaluation.answers(
+        model, tokenizer, prompts[:3], max_new_tokens=32)  # [Gupta26 App. C]
     data = [smf.encode(tokenizer, q.prompt, q.answer, end=False) for q in questions]
     one = [evaluation.log_likelihoods(model, [example]).item() for example in data]
     assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(one, abs=1e-4)
     assert evaluation.ask(model, tokenizer, questions)[1].tolist() == pytest.approx(one, abs=1e-4)
+    model.config.use_cache = False  # as some models come
+    assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(one, abs=1e-4)
     model.generation_config.repetition_penalty = 9.0  # of a model's own, not greedy
     assert together == evaluation.answers(model, tokenizer, prompts, max_new_tokens=8)
     assert model.generation_config.repetition_penalty == 9.0
@@ -1474,9 +1491,10 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
     run = evaluation.base_run(
         tmp_path, {"model": "tiny/model", "dtype": "float32", "fingerprint": base})
 
-    def read(*flags, data="{split} text"):
+    def read(*flags, data="{split} probes text"):
         args = smf.parse("", evaluation.FLAGS, flags)
-        data = data and evaluation.Data([], *data.format(split=args.split).split(), [], "")
+        target, knowledge, text = (data or "- - -").format(split=args.split).split()
+        data = data and evaluation.Data([], target, knowledge, [], text)
         result = evaluation.evaluated(run, args, data)
         return result["forgotten"], result["learned"]
 
@@ -1486,8 +1504,36 @@ def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypa
     assert calls == ["forgotten, test", "learned, test", "learned, validation"]
     assert [read("--stride=32"), read("--stride=32"), read(validation)] == [(4, 5), (4, 5), (1, 3)]
     assert read(validation, data=None) == (1, 3)
-    assert read(validation, data="other text") == (1, 6)
-    assert read(validation, data="other words") == (7, 8)
+    assert read(validation, data="other probes text") == (1, 6)
+    assert read(validation, data="other probes words") == (7, 8)
+    assert read(validation, data="other questions words") == (9, 10)
+
+
+def test_each_measure_is_taken_of_its_own_questions(monkeypatch):
+    asked = []
+
+    def ask(model, tokenizer, questions):
+        asked.append(questions)
+        return [True, False], torch.tensor([-1.0, -2.0])
+
+    monkeypatch.setattr(evaluation, "ask", ask)
+    monkeypatch.setattr(evaluation, "choose", lambda *given: ask(*given)[0])
+    monkeypatch.setattr(evaluation, "token_losses", lambda model, *given: (
+        asked.append(given), torch.ones(4))[1])
+    model, tokenizer = smf.load_base("tiny/model")
+    data = evaluation.Data("trained", "target", "knowledge", "untaught", "Who is it? A poet.")
+    for task, more in (("facts", {"target_log_likelihood"}), ("medmcqa", set())):
+        args = smf.parse("", evaluation.FLAGS, [f"--task={task}", "--eval-tokens=3"])
+        found = evaluation.learned(model, tokenizer, data, args)
+        assert asked == ["target"] and found.keys() == {"target_accuracy"} | more
+        asked.clear()
+    found = evaluation.forgotten(model, tokenizer, data, args)
+    assert asked == [(tokenizer(data.text)["input_ids"][:3], 128, 64), "knowledge", "untaught"]
+    assert found["knowledge_right"] == [True, False]
+    assert found["knowledge_log_likelihood"]["value"] == -1.5
+    assert found["perplexity"]["value"] == pytest.approx(math.e)
+    rows = smf.read_rows("", "tiny/wikitext", "test", ["text"])["text"]
+    assert len(rows) > 9 and evaluation.read_data(args).text.split("\n\n") == list(rows)
 
 
 def test_another_base_has_figures_of_its_own(tmp_path):
@@ -1725,16 +1771,41 @@ def test_scores_of_the_controls():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_random_rows_are_drawn_anew_at_every_step():
+def selection():
+    """A memory, the counts of a batch, and select(scorer, step, seed), its 20 rows, as a list."""
     model, batch = small_smf(), smf.collate(examples(8))
     with smf.record_reads(model) as tapes:
         smf.token_loss(model, batch).sum().backward()
     layer, memory = next(iter(smf.memories(model).items()))
+    masks = [batch["attention_mask"]]
+    counts = smf.count_reads(smf.real_tokens(tapes[layer], masks)[1], len(memory.values))
+
+    def select(scorer, step=0, seed=0):
+        args = SimpleNamespace(scorer=scorer, top_t=20, seed=seed)
+        return train_sparse.select(memory, tapes[layer], masks, step, args)[0].tolist()
+
+    return memory, counts, select
+
+
+def test_each_scorer_selects_its_own_best_rows():
+    memory, counts, select = selection()
+    memory.num_batches.fill_(9)
+    memory.doc_freq.random_(0, 9)
+    memory.background_counts.random_(0, 999)
+    scores = {"tfidf": smf.tfidf_scores(counts, memory.doc_freq, memory.num_batches),
+              "kl": smf.kl_scores(counts, memory.background_counts), "count": counts}
+    best = {name: smf.top_rows(score, counts, 20).nonzero().flatten().tolist()
+            for name, score in scores.items()}
+    assert best["tfidf"] != best["kl"] != best["count"] != best["tfidf"]
+    assert {name: select(name) for name in best} == best
+    assert select("all") == counts.nonzero().flatten().tolist()
+
+
+def test_random_rows_are_drawn_anew_at_every_step():
+    *_, select = selection()
 
     def draw(step, seed):
-        args = SimpleNamespace(scorer="random", top_t=20, seed=seed)
-        masks = [batch["attention_mask"]]
-        return train_sparse.select(memory, tapes[layer], masks, step, args)[0].tolist()
+        return select("random", step, seed)
 
     assert draw(0, 0) == draw(0, 0) != draw(1, 0) != draw(0, 1) != draw(0, 0)
 
