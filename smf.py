@@ -115,7 +115,7 @@ class ProductKeyMemory(nn.Module):
         rows, weights = self.lookup(x)  # (B, T, H, K) both
         bags = rows.flatten(-2).flatten(0, -2)  # (B * T, H * K)
         y = F.embedding_bag(bags, self.values, per_sample_weights=weights.view_as(bags), mode="sum")
-        y = y.view_as(x)  # (B, T, D)
+        y = y.view_as(x)  # (B * T, D) -> (B, T, D)
         if self.tape is not None:
             if torch.is_grad_enabled():  # with V frozen, the lowest y must ask for its dL/dy
                 y.requires_grad_().retain_grad()
@@ -233,7 +233,7 @@ def real_tokens(reads, masks):
     weights (S, H, K), dy = dL/dy (S, D), None if there was no backward.
     """
     trained = [read for read in reads if read.y.grad is not None]
-    reads = trained or reads  # gradient checkpointing runs a block twice, one pass has a gradient
+    reads = trained or reads  # gradient checkpointing leaves two Reads of a pass, one with gradient
     assert len(reads) == len(masks), "one mask for each forward pass"
     tensors = [read._replace(y=read.y.grad if trained else read.y) for read in reads]
     x, rows, weights, dy = (torch.cat([tensor[mask.bool()] for tensor, mask in zip(column, masks)])
@@ -328,8 +328,8 @@ def mask_gradient(values, mask):
 #
 # So here V is frozen as far as autograd knows. For y = sum_r weight_r * V[r], the gradient of a row
 # is the sum of weight * dL/dy over its reads, and Read holds all of that. row_gradient adds it up
-# for the selected rows alone, RowOptimizer keeps moments for the rows ever selected alone, and of
-# the whole table a step costs no more than the counts: N integers a memory.
+# for the selected rows alone, RowOptimizer keeps moments for the rows ever selected alone, and what
+# grows with N in a step are a few vectors (N,), such as the counts, and nothing of size N * D.
 
 
 def row_gradient(rows, weights, dy, mask):

@@ -1630,6 +1630,15 @@ def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatc
     assert "no run of full finetuning" in refused(capsys, evaluation.main, *argv)
     (tmp_path / "results").touch()
     assert "is a file" in refused(capsys, evaluation.main, *argv)
+    args = smf.parse("", evaluation.FLAGS, [f"--results={tmp_path / 'none'}"])
+    full = fake_run(tmp_path / "full-seed0", "full", task="facts", lr=1, seed=0, steps=9)
+    lora = fake_run(tmp_path / "lora-seed0", "lora", task="facts", lr=1, seed=0, steps=8)
+    with pytest.raises(smf.Refused, match="steps is 8 in .*lora-seed0, but 9 in .*full-seed0"):
+        evaluation.study([full, lora], args)
+    config = smf.read_json(lora / "config.json") | {"training_data": "other"}
+    smf.write_json(lora / "config.json", config | {"arguments": config["arguments"] | {"steps": 9}})
+    with pytest.raises(smf.Refused, match="training_data is other"):
+        evaluation.study([full, lora], args)
 
 
 def test_the_cost_of_a_step_is_that_of_what_is_trained(monkeypatch):
@@ -1733,6 +1742,27 @@ def test_the_defaults_of_tiny_are_the_choice_of_the_study():
     rows, others = train_sparse.LEARNING_RATE["tiny"], baselines.LEARNING_RATE["tiny"]
     assert rows == {"adamw": chosen["additive-tfidf"], "sgd": chosen["additive-tfidf-sgd"]}
     assert others == {"lora": chosen["lora"], "full": chosen["full"]}
+
+
+@pytest.mark.parametrize("flags, epochs, lr", [
+    ([], 20, 0.5), (["--optimizer=sgd"], 20, 3000.0), (["--epochs=1"], 1, 0.5),
+    (["--lr=0.1"], 20, 0.1), (["--preset=paper", "--lr=2"], 15, 2.0),
+    (["--preset=paper"], 15, 8.0), (["--preset=paper", "--steps=300"], 15, 4.0),
+    (["--preset=paper", "--optimizer=sgd", "--steps=11250"], 15, 8e4),
+    (["--preset=paper", "--task=medmcqa"], 3, 8.0)])
+def test_epochs_and_rate_fit_task_and_steps(runs, tmp_path, monkeypatch, flags, epochs, lr):
+    """paper: less in more than 150 steps."""
+    def begin_run(run, args, config):
+        raise Killed(args.epochs, args.lr)
+
+    monkeypatch.setattr(smf, "begin_run", begin_run)
+    tiny = {name: value[1] for name, value in evaluation.EVALUATION.items() if "data" in name}
+    with pytest.raises(Killed) as error:
+        train_sparse.main(["--task=facts", *flags, f"--retrofit={runs / 'additive'}",
+                           *(f"--{name}={value}" for name, value in tiny.items()), "--window=128",
+                           "--stride=64", "--num-facts=40", "--num-questions=80",
+                           f"--out={tmp_path / 'run'}"])
+    assert error.value.args == (epochs, lr)
 
 
 def test_facts_never_taught_stay_at_chance():
