@@ -34,8 +34,9 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -792,22 +793,17 @@ def step_costs(command, config, barrier, turn, rounds):
     return seconds[1:rounds + 1], memory, tables, selecting
 
 
-def runner(command, config, barrier, turn, rounds):
-    """step_costs; if it fails, the others do not wait for its turn."""
-    try:
-        return step_costs(command, config, barrier, turn, rounds)
-    except Exception:
-        barrier.abort()
-        raise
-
-
 def race(commands, config, rounds):
     """step_costs of commands, each in a process of its own; they take turns, step by step."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(len(commands), context) as runners:
+    with context.Manager() as manager, ExitStack() as stack:
         barrier = manager.Barrier(len(commands))
-        results = [runners.submit(runner, command, config, barrier, turn, rounds)
-                   for turn, command in enumerate(commands)]
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in commands]
+        results = [pool.submit(step_costs, command, config, barrier, turn, rounds)
+                   for turn, (pool, command) in enumerate(zip(pools, commands))]
+        for result in as_completed(results):
+            if result.exception():
+                barrier.abort()  # the others do not wait for its turn
         for error in [result.exception() for result in results]:
             if isinstance(error, BrokenProcessPool):
                 raise smf.Refused(f"--cost: {' or '.join(commands)} was killed, as when memory "

@@ -1298,8 +1298,8 @@ def test_log_likelihood_and_answers_do_not_depend_on_the_batch():
     assert together == [
         evaluation.answers(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts
     ]
-    assert evaluation.answers(model, tokenizer, prompts[:3]) == evaluation.answers(
-        model, tokenizer, prompts[:3], max_new_tokens=32)  # [Gupta26 App. C]
+    assert evaluation.answers(model, tokenizer, prompts[-1:]) == evaluation.answers(
+        model, tokenizer, prompts[-1:], max_new_tokens=32)  # [Gupta26 App. C]
     data = [smf.encode(tokenizer, q.prompt, q.answer, end=False) for q in questions]
     one = [evaluation.log_likelihoods(model, [example]).item() for example in data]
     assert evaluation.log_likelihoods(model, data).tolist() == pytest.approx(one, abs=1e-4)
