@@ -23,6 +23,7 @@ figures stay in its eval.json and are read from there the next time. They are, Â
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -208,24 +209,42 @@ def batches(examples, size, label):
         yield order[i:i + size], [examples[j] for j in order[i:i + size]]
 
 
+def continued(model, batch):
+    """log_likelihoods of a few Examples whose prompts have the same length -> (B,)."""
+    prompts = [tuple(ids[:start - 1]) for ids, start in batch]  # without the token that predicts
+    common = len(os.path.commonprefix(prompts))
+    shared = common if len(set(prompts)) == len(batch) else len(prompts[0])
+    heads, cache = [()], None  # what the rows of the cache hold
+    for begin, end in itertools.pairwise(sorted({0, common, shared})):
+        longer = list(dict.fromkeys(prompt[:end] for prompt in prompts))
+        if cache:
+            cache.batch_select_indices([heads.index(head[:begin]) for head in longer])
+        rest = torch.tensor([head[begin:] for head in longer], device=model.device)  # (U, new)
+        cache = model(rest, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        heads = longer
+    if cache:
+        cache.batch_select_indices([heads.index(prompt[:shared]) for prompt in prompts])
+    batch = smf.collate([smf.Example(ids[shared:], start - shared) for ids, start in batch],
+                        model.device)
+    loss = smf.token_loss(model, batch, cache).double().cpu().sum(1)  # (B,)
+    return -loss / (batch["targets"] != -100).sum(1).cpu()
+
+
 @torch.no_grad()
 def log_likelihoods(model, examples, size=32):
     """Mean log-likelihood of a target token of each Example -> (len(examples),) float64.
 
-    What all prompts of a batch begin with (a chat template, the question of four options) is
-    computed once, and each goes on from its cache.
+    Prompts of the same length are computed together, without a pad: first what all of a batch
+    begin with (a chat template), once; then, where some are the same (the options of a question),
+    each prompt, once; the rest goes on from its cache.
     """
-    means = torch.zeros(len(examples), dtype=torch.float64)
-    for indices, batch in batches(examples, size, "log-likelihood"):
-        shared, cache = os.path.commonprefix([ids[:start - 1] for ids, start in batch]), None
-        if shared:
-            cache = model(torch.tensor([shared], device=model.device), logits_to_keep=1,
-                          use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(batch))
-        batch = smf.collate([smf.Example(ids[len(shared):], start - len(shared))
-                             for ids, start in batch], model.device)
-        loss = smf.token_loss(model, batch, cache).double().cpu().sum(1)  # (B,)
-        means[indices] = -loss / (batch["targets"] != -100).sum(1).cpu()
+    means, alike = torch.zeros(len(examples), dtype=torch.float64), {}
+    for i, (_, start) in enumerate(examples):
+        alike.setdefault(start, []).append(i)
+    parts = [indices[i:i + size] for _, indices in sorted(alike.items(), reverse=True)
+             for i in range(0, len(indices), size)]  # longest first
+    for part in tqdm(parts, "log-likelihood", leave=False, disable=len(parts) == 1):
+        means[part] = continued(model, [examples[i] for i in part])
     return means
 
 
@@ -298,12 +317,10 @@ def ask(model, tokenizer, questions):
 
 def choose(model, tokenizer, questions):
     """-> whether the right option has the highest mean log-likelihood, for each question."""
-    right = []
-    for q in tqdm(questions, desc="options", leave=False):
-        options = [smf.fit(smf.encode(tokenizer, q.prompt, option, end=False), smf.context(model))
-                   for option in q.options]
-        right.append(log_likelihoods(model, options).argmax().item() == q.cop)
-    return right
+    options = [smf.fit(smf.encode(tokenizer, q.prompt, option, end=False), smf.context(model))
+               for q in questions for option in q.options]
+    best = log_likelihoods(model, options).view(-1, 4).argmax(1)  # (len(questions),)
+    return [at == q.cop for at, q in zip(best.tolist(), questions)]
 
 
 def settings(args):
@@ -486,8 +503,8 @@ def check_alike(runs, names=None):
     for run, own in taught.items():
         for name in sorted(names or own.keys() - {"lr", "seed", "split", "retrofit"}):
             if own.get(name) != first.get(name):
-                raise smf.Refused(f"--results: {name} is {own.get(name)} in {run}, but "
-                                  f"{first.get(name)} in {runs[0]}; name the runs to compare")
+                raise smf.Refused(f"{run}: {name} is {own.get(name)}, but {first.get(name)} in "
+                                  f"{runs[0]}; name the runs to compare")
 
 
 def sweeps(runs, task):
@@ -619,12 +636,17 @@ def plot(studied, titles, path):
 
 
 def plot_stage_1(runs, path):
-    """Stage 1 against its steps: the loss, a running mean of ten, and what each batch read, a line
-    for each memory: usage, and KL from uniform (train_retrofit.spread)."""
+    """Stage 1 against its steps: the loss, less that of the first run on the same batch, a running
+    mean of ten; and what each batch read, a line for each memory: usage, and KL from uniform
+    (train_retrofit.spread)."""
     for run in runs:
         if smf.read_config(run)["kind"] != "retrofit" or len(metrics(run)) < 10:
             raise smf.Refused(f"--stage-1: {run} is no run of ten steps or more of "
                               f"train_retrofit.py; name such runs")
+        if len(metrics(run)) > len(metrics(runs[0])):
+            raise smf.Refused(f"--stage-1: {run} has more steps than {runs[0]}; name the longest "
+                              f"run first")
+    check_alike(runs, {"model", "training_data", "seed", "batch_size"})  # the same batches
     import matplotlib
     from matplotlib import pyplot
     matplotlib.use("Agg")  # no screen
@@ -633,10 +655,13 @@ def plot_stage_1(runs, path):
         lines = metrics(run)
         for axis, name in zip(axes, ("loss", "usage", "KL")):
             values = torch.tensor([line[name] for line in lines])  # (steps,) or (steps, memories)
-            shown = values.unfold(0, 10, 1).mean(-1) if name == "loss" else values
-            drawn = axis.plot(range(len(values) - len(shown), len(values)), shown, color=f"C{i}")
+            if name == "loss":
+                values -= torch.tensor([line["loss"] for line in metrics(runs[0])][:len(lines)])
+                values = values.unfold(0, 10, 1).mean(-1)  # (steps - 9,)
+            drawn = axis.plot(range(len(lines) - len(values), len(lines)), values, color=f"C{i}")
             drawn[0].set_label(run.name)
             axis.set(xlabel="step", title=name)
+    axes[0].set_title(f"loss, less that of {runs[0].name}")
     axes[2].set_title("KL of the reads from uniform, nats")
     axes[0].legend(fontsize="x-small")
     figure.tight_layout()

@@ -1323,13 +1323,15 @@ def by_hand(model, ids, start):
 def test_log_likelihoods_share_the_beginning_and_equal_one_at_a_time(kind, template):
     model, random = small_model(kind), torch.Generator().manual_seed(template)
     smf.retrofit(model, [1, 2], scale=1.0, **SHAPE)
+    prompts = [list(range(3, 3 + template)) + [3 + i % 2] + [  # no longer in common
+        torch.randint(3, 50, (), generator=random).item() for _ in range(length)]
+        for i, length in enumerate((0, 0, 4, 7, 7, 2))]
     data = []
-    for prompt, answer in [(0, 1), (0, 3), (4, 2), (7, 5), (2, 1), (2, 4)]:
-        new = torch.randint(3, 50, (1 + prompt + answer,), generator=random).tolist()
-        ids = list(range(3, 3 + template)) + [3 + len(data) % 2] + new[1:]  # no longer in common
-        data.append(smf.Example(ids, template + 1 + prompt))
+    for which, answer in [(0, 1), (1, 3), (2, 2), (3, 5), (4, 1), (3, 4), (5, 2), (4, 3), (3, 1)]:
+        new = torch.randint(3, 50, (answer,), generator=random).tolist()
+        data.append(smf.Example(prompts[which] + new, len(prompts[which])))
     expected = [by_hand(model, *example) for example in data]
-    for size in (6, 4, 1):
+    for size in (9, 4, 2, 1):
         found = evaluation.log_likelihoods(model, data, size).tolist()
         assert found == pytest.approx(expected, abs=1e-4)
 
@@ -1360,13 +1362,13 @@ def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
 def test_multiple_choice_equals_one_option_at_a_time():
     model, tokenizer = smf.load_base("tiny/model")
     _, questions = evaluation.medmcqa(smf.parse("", evaluation.FLAGS, ["--task=medmcqa"]))
-    expected = []
-    for q in questions[:40]:
-        options = [smf.encode(tokenizer, q.prompt, option, end=False) for option in q.options]
-        likelihood = [by_hand(model, *example) for example in options]
-        shared = evaluation.log_likelihoods(model, options).tolist()
-        assert shared == pytest.approx(likelihood, abs=1e-4)
-        expected.append(likelihood.index(max(likelihood)) == q.cop)
+    options = [smf.encode(tokenizer, q.prompt, option, end=False)
+               for q in questions[:40] for option in q.options]
+    likelihood = [by_hand(model, *option) for option in options]
+    together = evaluation.log_likelihoods(model, options).tolist()
+    assert together == pytest.approx(likelihood, abs=1e-4)
+    fours = [likelihood[i:i + 4] for i in range(0, 160, 4)]
+    expected = [four.index(max(four)) == q.cop for four, q in zip(fours, questions)]
     assert evaluation.choose(model, tokenizer, questions[:40]) == expected
     assert 0 < sum(expected) < 40
 
@@ -1633,7 +1635,7 @@ def test_the_study_says_what_it_misses(runs, baseline_runs, tmp_path, monkeypatc
     args = smf.parse("", evaluation.FLAGS, [f"--results={tmp_path / 'none'}"])
     full = fake_run(tmp_path / "full-seed0", "full", task="facts", lr=1, seed=0, steps=9)
     lora = fake_run(tmp_path / "lora-seed0", "lora", task="facts", lr=1, seed=0, steps=8)
-    with pytest.raises(smf.Refused, match="steps is 8 in .*lora-seed0, but 9 in .*full-seed0"):
+    with pytest.raises(smf.Refused, match="lora-seed0: steps is 8, but 9 in .*full-seed0"):
         evaluation.study([full, lora], args)
     config = smf.read_json(lora / "config.json") | {"training_data": "other"}
     smf.write_json(lora / "config.json", config | {"arguments": config["arguments"] | {"steps": 9}})
@@ -1715,11 +1717,26 @@ def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsy
     for other in (baseline_runs / "lora", run):  # another kind of run; too few steps
         assert "is no run of ten steps" in refused(capsys, evaluation.main, other,
                                                    f"--stage-1={path}")
-    pytest.importorskip("matplotlib")
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines * 5)
-    evaluation.main([str(run), f"--stage-1={path}"])
+    longer, other = tmp_path / "longer", tmp_path / "other"
+    shutil.copytree(run, longer)
+    shutil.copytree(run, other)
+    (longer / "metrics.jsonl").write_text(lines * 6)
+    config = smf.read_json(other / "config.json")
+    config["arguments"]["seed"] = 1
+    smf.write_json(other / "config.json", config)
+    flag = f"--stage-1={path}"
+    assert "name the longest run first" in refused(capsys, evaluation.main, run, longer, flag)
+    assert "seed is 1, but 0 in" in refused(capsys, evaluation.main, run, other, flag)
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    shown = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: shown.append(figure.axes[0].lines))
+    evaluation.main([str(longer), str(run), flag])
     assert path.read_bytes().startswith(b"\x89PNG")
+    loss = [json.loads(line)["loss"] for line in lines.splitlines()]
+    assert [len(line.get_ydata()) for line in shown[0]] == [6 * len(loss) - 9, 5 * len(loss) - 9]
+    assert not shown[0][1].get_ydata().any()  # the same losses
 
 
 def test_people_of_the_tiny_world_do_not_mix():
