@@ -215,7 +215,7 @@ def continued(model, batch):
     common = len(os.path.commonprefix(prompts))
     shared = common if len(set(prompts)) == len(batch) else len(prompts[0])
     heads, cache = [()], None  # what the rows of the cache hold
-    for begin, end in itertools.pairwise(sorted({0, common, shared})):
+    for begin, end in itertools.pairwise(sorted({0, common, shared})):  # by what all share, first
         longer = list(dict.fromkeys(prompt[:end] for prompt in prompts))
         if cache:
             cache.batch_select_indices([heads.index(head[:begin]) for head in longer])
@@ -635,30 +635,37 @@ def plot(studied, titles, path):
     pyplot.close(figure)
 
 
+def stage_1_metrics(runs):
+    """{run: lines of its metrics.jsonl} of runs of train_retrofit.py. Refused unless they trained
+    on the same batches, the first on the most."""
+    lines = {run: metrics(run) for run in runs}
+    for run in runs:
+        if smf.read_config(run)["kind"] != "retrofit" or len(lines[run]) < 10:
+            raise smf.Refused(f"--stage-1: {run} is no run of ten steps or more of "
+                              f"train_retrofit.py; name such runs")
+        if len(lines[run]) > len(lines[runs[0]]):
+            raise smf.Refused(f"--stage-1: {run} has more steps than {runs[0]}; name the longest "
+                              f"run first")
+    check_alike(runs, {"model", "training_data", "seed", "batch_size"})
+    return lines
+
+
 def plot_stage_1(runs, path):
     """Stage 1 against its steps: the loss, less that of the first run on the same batch, a running
     mean of ten; and what each batch read, a line for each memory: usage, and KL from uniform
     (train_retrofit.spread)."""
-    for run in runs:
-        if smf.read_config(run)["kind"] != "retrofit" or len(metrics(run)) < 10:
-            raise smf.Refused(f"--stage-1: {run} is no run of ten steps or more of "
-                              f"train_retrofit.py; name such runs")
-        if len(metrics(run)) > len(metrics(runs[0])):
-            raise smf.Refused(f"--stage-1: {run} has more steps than {runs[0]}; name the longest "
-                              f"run first")
-    check_alike(runs, {"model", "training_data", "seed", "batch_size"})  # the same batches
+    lines = stage_1_metrics(runs)
+    first = torch.tensor([line["loss"] for line in lines[runs[0]]])  # (steps,)
     import matplotlib
     from matplotlib import pyplot
     matplotlib.use("Agg")  # no screen
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
-    for i, run in enumerate(runs):
-        lines = metrics(run)
+    for i, (run, part) in enumerate(lines.items()):
         for axis, name in zip(axes, ("loss", "usage", "KL")):
-            values = torch.tensor([line[name] for line in lines])  # (steps,) or (steps, memories)
+            values = torch.tensor([line[name] for line in part])  # (steps,) or (steps, memories)
             if name == "loss":
-                values -= torch.tensor([line["loss"] for line in metrics(runs[0])][:len(lines)])
-                values = values.unfold(0, 10, 1).mean(-1)  # (steps - 9,)
-            drawn = axis.plot(range(len(lines) - len(values), len(lines)), values, color=f"C{i}")
+                values = (values - first[:len(part)]).unfold(0, 10, 1).mean(-1)  # (steps - 9,)
+            drawn = axis.plot(range(len(part) - len(values), len(part)), values, color=f"C{i}")
             drawn[0].set_label(run.name)
             axis.set(xlabel="step", title=name)
     axes[0].set_title(f"loss, less that of {runs[0].name}")

@@ -1722,7 +1722,9 @@ def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsy
     longer, other = tmp_path / "longer", tmp_path / "other"
     shutil.copytree(run, longer)
     shutil.copytree(run, other)
-    (longer / "metrics.jsonl").write_text(lines * 6)
+    first = [json.loads(line) for line in (lines * 6).splitlines()]
+    (longer / "metrics.jsonl").write_text("".join(
+        json.dumps(line | {"loss": line["loss"] + 1}) + "\n" for line in first))
     config = smf.read_json(other / "config.json")
     config["arguments"]["seed"] = 1
     smf.write_json(other / "config.json", config)
@@ -1734,9 +1736,9 @@ def test_the_figure_of_stage_1(runs, baseline_runs, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(pyplot, "close", lambda figure: shown.append(figure.axes[0].lines))
     evaluation.main([str(longer), str(run), flag])
     assert path.read_bytes().startswith(b"\x89PNG")
-    loss = [json.loads(line)["loss"] for line in lines.splitlines()]
-    assert [len(line.get_ydata()) for line in shown[0]] == [6 * len(loss) - 9, 5 * len(loss) - 9]
-    assert not shown[0][1].get_ydata().any()  # the same losses
+    assert [len(line.get_ydata()) for line in shown[0]] == [len(first) - 9, len(first) * 5 // 6 - 9]
+    assert not shown[0][0].get_ydata().any()
+    assert shown[0][1].get_ydata() == pytest.approx(-1, abs=1e-5)  # less the first run's
 
 
 def test_people_of_the_tiny_world_do_not_mix():
