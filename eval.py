@@ -23,7 +23,6 @@ figures stay in its eval.json and are read from there the next time. They are, Â
 import argparse
 import copy
 import importlib.util
-import itertools
 import json
 import math
 import multiprocessing
@@ -38,6 +37,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -215,7 +215,7 @@ def continued(model, batch):
     common = len(os.path.commonprefix(prompts))
     shared = common if len(set(prompts)) == len(batch) else len(prompts[0])
     heads, cache = [()], None  # what the rows of the cache hold
-    for begin, end in itertools.pairwise(sorted({0, common, shared})):  # by what all share, first
+    for begin, end in pairwise(sorted({0, common, shared})):  # by what all share, first
         longer = list(dict.fromkeys(prompt[:end] for prompt in prompts))
         if cache:
             cache.batch_select_indices([heads.index(head[:begin]) for head in longer])
@@ -617,8 +617,8 @@ def plot(studied, titles, path):
     figure, axes = pyplot.subplots(len(curves), 2, figsize=(11, 4 * len(curves)), squeeze=False)
     for (title, part), pair in zip(curves.items(), axes):
         for i, (axis, probe) in enumerate(zip(pair, ("perplexity", "knowledge_accuracy"))):
-            for (name, (x, *ys, at)), marker, line in zip(part.items(), "osD^v<>P*",
-                                                          ["-", "--", "-.", ":"] * 3):
+            for (name, (x, *ys, at)), marker, line in zip(part.items(), cycle("osD^v<>P*"),
+                                                          cycle(["-", "--", "-.", ":"])):
                 colour = axis.plot(x, ys[i], line, marker=marker, label=name)[0].get_color()
                 axis.plot(x[at], ys[i][at], marker, ms=14, mfc="none", color=colour)
             axis.axhline(base[probe][0], color="black", lw=0.8)

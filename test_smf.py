@@ -1481,6 +1481,20 @@ def test_the_frontier_is_that_of_the_validation_split():
     assert gain == pytest.approx([0.2, 0.7, 0.5]) and knowledge == pytest.approx([0.6, 0.1, 0.3])
 
 
+def test_every_curve_of_the_study_is_drawn(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    point = {"target_accuracy": (0.5,), "perplexity": (4.0,), "knowledge_accuracy": (0.6,)}
+    base, *names = evaluation.STUDY[evaluation.TABLE_1]
+    studied = {name: {"validation": {1.0: {0: point}}, "chosen": 1.0} for name in names}
+    studied[base] = {"validation": {None: {0: point}}}
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.extend(figure.axes))
+    evaluation.plot(studied, [evaluation.TABLE_1], tmp_path / "frontier.png")
+    for axis in drawn:
+        assert axis.get_legend_handles_labels()[1] == names
+    assert len(drawn) == 2
+
+
 def test_a_figure_is_measured_once_for_each_split_and_setting(tmp_path, monkeypatch):
     """Both splits share the measures of forgetting; another setting or other data has its own."""
     calls = []
