@@ -236,11 +236,26 @@ def test_query_statistics_do_not_depend_on_padding_or_micro_batches():
                 batch = smf.collate(data[i : i + size])
                 masks.append(batch["attention_mask"])
                 smf.token_loss(model, batch).sum().backward()
-        memory = smf.memories(model)[1]
-        memory.track_queries(smf.real_tokens(tapes[1], masks)[0], 0.5)
+        memory, (x, *_) = smf.memories(model)[1], smf.real_tokens(tapes[1], masks)
+        memory.track_queries(x, 0.5)
         moments.append(torch.stack([memory.query_mean, memory.query_var]))
-    assert torch.allclose(moments[0], moments[1], atol=1e-5)
-    assert not torch.allclose(moments[0][1], torch.ones_like(moments[0][1]), atol=1e-3)
+    query = x @ memory.query.weight.T  # (S, H * k_dim)
+    variance = (query**2).mean(0) - query.mean(0) ** 2
+    for mean, var in moments:
+        assert torch.allclose(mean, query.mean(0) / 2, atol=1e-5)
+        assert torch.allclose(var, (1 + variance) / 2, atol=1e-5)
+
+
+def test_stage_1_begins_with_normalised_queries():
+    model, batches = small_smf(), [smf.collate(examples(8, seed)) for seed in (1, 2)]
+    passes = [smf.read_only(model, batch) for batch in batches]
+    train_retrofit.calibrate(model, batches)
+    for layer, memory in smf.memories(model).items():
+        masks = [batch["attention_mask"] for batch in batches]
+        x, *_ = smf.real_tokens([tapes[layer][0] for tapes in passes], masks)
+        q = (memory.query(x) - memory.query_mean) / memory.query_var.sqrt()  # (S, H * k_dim)
+        assert torch.allclose(q.mean(0), torch.zeros(q.shape[1]), atol=1e-3)
+        assert torch.allclose((q**2).mean(0), torch.ones(q.shape[1]), atol=1e-3)
 
 
 # ---- invariants 4 and 8: selection and scores
@@ -1891,6 +1906,15 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     assert from_start != [batch for batch, _ in zip(smf.batch_stream(data, 16, seed=4), range(12))]
 
 
+def test_batches_leave_no_example_out_and_hold_similar_lengths():
+    data = [smf.Example([3] * length, 1) for length in range(2, 72)]
+    stream = [batch for batch, _ in zip(smf.batch_stream(data, 16, seed=0), range(80))]
+    lengths = [[len(ids) for ids, _ in batch] for batch in stream]
+    assert set().union(*lengths) == set(range(2, 72))  # six of an epoch wait, not always the same
+    spans = sorted((min(part), max(part)) for part in lengths[:4])
+    assert all(longest < shortest for (_, longest), (shortest, _) in zip(spans, spans[1:]))
+
+
 def test_an_example_too_long_keeps_its_answer(capsys):
     model, tokenizer = smf.load_base("tiny/model")
     prompt, answer = "Where was Bamin born? " * 20, "violin piano flute"
@@ -1977,6 +2001,8 @@ def test_medmcqa_splits_do_not_overlap():
         and not parts[1] & parts[2]
     )
     assert all(q.options[q.cop] == q.answer and q.answer.startswith("ABCD"[q.cop]) for q in train)
+    fewer = evaluation.medmcqa(smf.parse("", evaluation.FLAGS, ["--num-questions=80"]))
+    assert fewer == (train[:80], test)
 
 
 @pytest.mark.parametrize(
