@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -1913,6 +1914,17 @@ def test_batches_leave_no_example_out_and_hold_similar_lengths():
     assert set().union(*lengths) == set(range(2, 72))  # six of an epoch wait, not always the same
     spans = sorted((min(part), max(part)) for part in lengths[:4])
     assert all(longest < shortest for (_, longest), (shortest, _) in zip(spans, spans[1:]))
+
+
+def test_a_prompt_begins_with_one_first_token_the_templates_or_the_tokenizers():
+    _, tokenizer = smf.load_base("tiny/model")
+    ids = smf.prompt_ids(tokenizer, "Which?")[0]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # as Llama's
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 1)])
+    assert smf.prompt_ids(tokenizer, "Which?")[0] == ids and ids[0] == 2  # <|user|>
+    tokenizer.chat_template = None
+    ids = smf.prompt_ids(tokenizer, "Which?")[0]
+    assert ids[0] == 1 and tokenizer.decode(ids[1:]) == "Question: Which?\nAnswer:"
 
 
 def test_an_example_too_long_keeps_its_answer(capsys):
