@@ -797,6 +797,8 @@ def script(main, several=False):
         if rank()[1] > 1 and not several:
             raise Refused("torchrun: train_sparse.py alone runs as several processes")
         main()
+        if rank()[1] > 1:  # or threads of the group, still running, may abort the process
+            torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         tqdm.write("stopped; a training run goes on where it was: the same command with --resume",
                    file=sys.stderr)

@@ -602,6 +602,14 @@ def test_several_processes_make_no_retrofit(tmp_path, monkeypatch):
         train_sparse.stage_1(args)
 
 
+def test_several_processes_part_at_the_end(monkeypatch):  # at exit the group's threads may abort
+    parted = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: parted.append(True))
+    smf.script(lambda: None, several=True)
+    assert parted
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(runs, tmp_path):
     one, two, other = (
         sparse(runs, tmp_path / name, f"--seed={seed}")
