@@ -462,12 +462,20 @@ def read_tensors(path):
         raise Refused(f"{path}: cannot be read ({error}); make it again, --overwrite") from None
 
 
+def out_of_memory(error):
+    """Whether an error is that of any device without room, which is no fault of a run or model."""
+    full = isinstance(error, RuntimeError) and "alloc" in str(error).lower()
+    return full or isinstance(error, MemoryError)
+
+
 @contextmanager
 def restoring(source):
     """Refused for the errors that tensors and settings raise where they do not fit the model."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise Refused(f"{source}: its config.json and tensors do not fit each other ({error!r}); "
                       f"make this run again, --overwrite") from None
 
@@ -571,6 +579,8 @@ def load_base(name, dtype="float32", device="cpu"):
         if not tokenizer("Who?")["input_ids"] or end is None or end >= known:
             raise ValueError("its tokenizer knows no word, or no end token that the model knows")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise Refused(f"--model {name}: cannot be loaded ({error}); name a directory "
                       f"or hub name of a Hugging Face causal language model") from None
     return model.to(device).requires_grad_(False).eval(), tokenizer
@@ -804,10 +814,10 @@ def script(main, several=False):
                    file=sys.stderr)
         sys.exit(130)
     except (Refused, OSError, RuntimeError, MemoryError) as error:  # OSError: a full disk, say
-        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             sys.stderr = sys.__stderr__  # of any process, see join
-            raise  # a bug; but to be out of memory, on any device, is none
-        if isinstance(error, (RuntimeError, MemoryError)):
+            raise  # a bug; but to be out of memory is none
+        if out_of_memory(error):
             error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
         # from any process, see join; print would run into a progress bar
@@ -1079,7 +1089,10 @@ def batch_stream(examples, batch_size, seed, start=0):
 
 
 def learning_rate(step, steps, warmup):
-    """Factor of the learning rate: a linear warm-up times a cosine to 0 [Gupta26 App. A]."""
+    """Factor of the learning rate: a linear warm-up times a cosine to 0 [Gupta26 App. A].
+
+    # differs: the cosine falls from step 0 on; in transformers, from the end of the warm-up on.
+    """
     return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

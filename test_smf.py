@@ -101,6 +101,13 @@ def test_forward_is_the_gated_sum_of_the_rows_read():
     assert torch.allclose(memory(x), expected, atol=1e-6)
 
 
+def test_what_the_wrappers_add_up():
+    torch.manual_seed(0)
+    mlp, memory, x = torch.nn.Linear(32, 32), smf.ProductKeyMemory(32, **SHAPE), torch.randn(2, 3, 32)
+    assert torch.equal(smf.AdditiveMemory(mlp, memory, 0.3)(x), mlp(x) + 0.3 * memory(x))
+    assert torch.equal(smf.ReplacementMemory(memory)(x), memory(x))
+
+
 # ---- invariant 2: the retrofit starts harmless
 
 
@@ -402,12 +409,13 @@ def test_lazy_adamw_equals_one_torch_adamw_per_row(size):
     assert torch.allclose(values, torch.stack([p.detach() for p in single]), atol=1e-6)
 
 
-def test_lazy_sgd_equals_one_torch_sgd_per_row():
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}])
+def test_lazy_sgd_equals_one_torch_sgd_per_row(options):
     torch.manual_seed(0)
     values = torch.nn.Parameter(torch.randn(10, 4), requires_grad=False)
     single = [torch.nn.Parameter(row.clone()) for row in values]
-    reference = [torch.optim.SGD([p], lr=0.01, momentum=0.9, weight_decay=0.0) for p in single]
-    optimizer = smf.RowOptimizer(values, "sgd", momentum=0.9)
+    reference = [torch.optim.SGD([p], lr=0.01, **options) for p in single]
+    optimizer = smf.RowOptimizer(values, "sgd", **options)
     for step in range(30):
         rows, gradient = torch.randperm(10)[:3], torch.randn(3, 4)
         optimizer.step(rows, gradient, lr=0.01)
@@ -446,6 +454,17 @@ def runs(tmp_path_factory):
             ]
         )
     return path
+
+
+def library_loss(model, batch):
+    """The library's own loss of a batch of Examples, all at once."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
+    labels = ids.masked_fill(mask == 0, -100)
+    for row, (_, start) in zip(labels, batch):
+        row[:start] = -100
+    return model(ids, attention_mask=mask, labels=labels).loss
 
 
 def unmeasured(patch):
@@ -854,15 +873,18 @@ def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path
     }
 
 
-def test_stage_1_keeps_the_query_statistics_of_what_it_reads(tmp_path):
+def test_stage_1_keeps_the_query_statistics_of_what_it_reads(tmp_path, monkeypatch):
     flags = ["--examples=64", "--background=16", *SMALL, "--lr=1e-9"]
-    moments = []
+    moments, paces, track = [], [], smf.ProductKeyMemory.track_queries
+    monkeypatch.setattr(smf.ProductKeyMemory, "track_queries", lambda memory, x, momentum: (
+        paces.append(momentum), track(memory, x, momentum)))
     for name, steps in (("fresh", 0), ("slow", 3)):
         train_retrofit.main([*flags, f"--steps={steps}", f"--out={tmp_path / name}"])
         tensors = smf.read_tensors(tmp_path / name / "memory.safetensors")
         moments.append(tensors["1.memory.query_mean"])
     assert moments[0].abs().max() > 0.1  # calibrated before training
     assert 0 < (moments[1] - moments[0]).abs().max() < 0.5  # and tracked in it
+    assert paces == [1.0] * 3 + [1.0] * 3 + [0.1] * 9  # three memories, calibrated; three steps
     train_retrofit.main([*flags, "--steps=3", "--query-momentum=0", f"--out={tmp_path / 'off'}"])
     tensors = smf.read_tensors(tmp_path / "off/memory.safetensors")
     assert not tensors["1.memory.query_mean"].any() and (tensors["1.memory.query_var"] == 1).all()
@@ -902,6 +924,19 @@ def test_stage_1_logs_what_each_batch_reads(runs, tmp_path):
     spreads = [train_retrofit.spread(count) for count in counts]
     assert line["usage"] == pytest.approx([usage for usage, _ in spreads], abs=2e-3)
     assert line["KL"] == pytest.approx([kl for _, kl in spreads], abs=2e-3)
+
+
+def test_general_chats_are_the_replies_of_the_assistant(tmp_path, monkeypatch):
+    thread = [("1", None, "prompter", "Hi"), ("2", "1", "assistant", "Hello"),
+              ("3", "2", "prompter", "How are you?"), ("4", "3", "assistant", "Fine"),
+              ("5", "0", "assistant", "of a prompt that is not there"), ("6", "3", "assistant", " ")]
+    names = ("message_id", "parent_id", "role", "text")
+    lines = [json.dumps(dict(zip(names, row))) + "\n" for row in thread]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(train_retrofit, "HELD_OUT", 0)
+    args = smf.parse("", train_retrofit.FLAGS, [f"--oasst-data={tmp_path}", "--batch-size=1"])
+    chats = train_retrofit.general_chats(args)
+    assert sorted(chats) == [("Hi", "Hello"), ("How are you?", "Fine")]
 
 
 def test_the_held_out_chats_are_not_trained_on(tmp_path, monkeypatch):
@@ -968,18 +1003,18 @@ def test_stage_1_trains_the_memories_alone(runs):
 
 
 def test_stage_1_is_adamw_without_decay_and_alpha_has_its_own_rate(tmp_path, monkeypatch):
-    made, clipped, adamw, clip = [], [], torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
+    clipped, clip, step, steps = [], torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step, []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: (
         clipped.append((len(parameters), norm)) or clip(parameters, norm)))
-    monkeypatch.setattr(torch.optim, "AdamW",
-                        lambda *args, **options: made.append(adamw(*args, **options)) or made[0])
-    train_retrofit.main(["--steps=1", "--examples=32", "--background=40", "--lr=0.1", "--warmup=0",
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (
+        steps.append([dict(group) for group in self.param_groups]) or step(self)))
+    train_retrofit.main(["--steps=3", "--examples=32", "--background=40", "--lr=0.1", "--warmup=1",
                          "--scale-lr=0.3", f"--out={tmp_path / 'run'}", *SMALL])
-    tables, scales = made[0].param_groups
-    assert clipped == [(3 * 5 + 3, 1.0)]
-    for group, lr, number in ((tables, 0.1, 3 * 5), (scales, 0.3, 3)):
-        assert len(group["params"]) == number and group["lr"] == lr
-        assert group["eps"] == 1e-12 and group["weight_decay"] == 0
+    assert clipped == [(3 * 5 + 3, 1.0)] * 3 and len(steps) == 3
+    for factor, groups in zip((0.5, 0.75, 0.25), steps):  # half the rate at first; then its cosine
+        for group, lr, number in zip(groups, (0.1, 0.3), (3 * 5, 3), strict=True):
+            assert len(group["params"]) == number and group["lr"] == pytest.approx(factor * lr)
+            assert group["eps"] == 1e-12 and group["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
@@ -1008,13 +1043,17 @@ def test_the_base_is_neither_changed_nor_stored(runs, tmp_path):
     )
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("breaks", [
+    lambda loss: loss * math.nan, lambda loss: loss + (loss - loss.detach()).sqrt()],  # + 0, slope inf
+    ids=["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(runs, tmp_path, monkeypatch, breaks):
     token_loss = smf.token_loss
     calls = []
 
     def broken(model, batch):
         calls.append(torch.is_grad_enabled())
-        return token_loss(model, batch) * (math.nan if sum(calls) == 5 else 1.0)
+        loss = token_loss(model, batch)
+        return breaks(loss) if sum(calls) == 5 else loss
 
     monkeypatch.setattr(smf, "token_loss", broken)
     with pytest.raises(smf.Refused, match="--lr: at step 4"):
@@ -1023,6 +1062,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(runs, tmp_path, monke
     assert state["step"] == 4 and all(
         torch.isfinite(tensor.float()).all() for tensor in state.values()
     )
+
+
+def test_stage_2_on_all_rows_is_a_plain_sgd_loop(runs, tmp_path, monkeypatch):
+    """The library's own loss, the whole batch at once, autograd's gradient of V and of the alphas,
+    clipped together; SGD on V, AdamW on the alphas."""
+    monkeypatch.setattr(smf, "CLIP", 0.02)
+    flags = ["--scorer=all", "--optimizer=sgd", "--lr=300", "--train-scale", "--scale-lr=0.05"]
+    ended = sparse(runs, tmp_path / "run", *flags, "--warmup=2")
+    model, tokenizer = smf.load(runs / "additive")
+    started = {name: tensor.clone() for name, tensor in smf.memory_state(model).items()}
+    args = smf.parse("", train_sparse.FLAGS, QUICK)
+    data, _ = train_sparse.prepare(model, tokenizer, evaluation.read_data(args), args)
+    scales = [wrapper.scale.requires_grad_() for wrapper in smf.wrappers(model).values()]
+    tables = [memory.values.requires_grad_() for memory in smf.memories(model).values()]
+    adamw = torch.optim.AdamW(scales, weight_decay=0.0, eps=1e-12)
+    sgd = torch.optim.SGD(tables)
+    for step, batch in zip(range(6), smf.batch_stream(data, 16, 0)):
+        library_loss(model, batch).backward()
+        assert torch.nn.utils.clip_grad_norm_([*tables, *scales], 0.02) > 0.02
+        factor = min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 6))
+        for optimizer, lr in ((sgd, 300), (adamw, 0.05)):
+            optimizer.param_groups[0]["lr"] = factor * lr
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, tensor in smf.memory_state(model).items():
+        if name.endswith(("values", "scale")):
+            error = (ended[name] - tensor).norm() / (tensor - started[name]).norm()
+            assert error < 1e-3, (name, error)
 
 
 def test_gradients_are_clipped_together(runs, tmp_path, monkeypatch):
@@ -1139,14 +1206,8 @@ def test_a_baseline_is_a_plain_adamw_loop(baseline_runs, method):
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
     for step, batch in zip(range(6), smf.batch_stream(data, 16, 0)):
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
-        labels = ids.masked_fill(mask == 0, -100)
-        for row, (_, start) in zip(labels, batch):
-            row[:start] = -100
         torch.manual_seed(step)  # dropout: LoRALinear is in training mode
-        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        library_loss(model, batch).backward()
         assert torch.nn.utils.clip_grad_norm_(trained.values(), 1.0) > 1.0
         lr = baselines.LEARNING_RATE["tiny"][method] * min(1, (step + 1) / 11)
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / 6))
@@ -1182,6 +1243,17 @@ def test_every_method_sees_the_same_batches_at_the_same_rates(runs, tmp_path, mo
     assert lines[1][0]["loss"] == lines[2][0]["loss"]
     for line in zip(*lines):
         assert len({part["lr"] for part in line}) == 1
+
+
+def test_another_seed_begins_elsewhere(tmp_path):
+    for run in (tmp_path / "0", tmp_path / "1"):
+        seed = f"--seed={run.name}"
+        baseline("lora", run / "lora", "--steps=1", "--lr=1e-12", seed)
+        train_retrofit.main(["--steps=0", "--background=8", *SMALL, seed, f"--out={run / 'fresh'}"])
+    for path, end in (("lora/lora.safetensors", ".A"), ("fresh/memory.safetensors", ".values")):
+        one, other = (smf.read_tensors(tmp_path / seed / path) for seed in "01")
+        begun = [name for name in one if name.endswith(end)]
+        assert begun and not any(torch.allclose(one[n], other[n], atol=1e-3) for n in begun)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -1225,7 +1297,12 @@ def test_a_broken_checkpoint_is_refused(runs, tmp_path, monkeypatch, capsys, scr
 
 
 def test_full_finetuning_of_a_bfloat16_base_trains_float32(tmp_path):
-    baseline("full", tmp_path / "run", "--dtype=bfloat16", "--steps=2", "--device=cpu")
+    seen = set()  # types that the layers compute in
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda layer, _, out: (
+        seen.add(out.dtype) if isinstance(layer, torch.nn.Linear) else None))
+    with hook:
+        baseline("full", tmp_path / "run", "--dtype=bfloat16", "--steps=2", "--device=cpu")
+    assert seen == {torch.bfloat16}
     trained = smf.read_tensors(tmp_path / "run/model/model.safetensors")
     base = smf.load_base("tiny/model")[0].state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in trained.values())
@@ -1300,6 +1377,18 @@ def test_a_prompt_beyond_the_context_is_answered_without_its_beginning():
     assert cut != whole and cut == [tokenizer.decode(ids[2:], skip_special_tokens=True)]
 
 
+def test_an_answer_ends_at_the_end_token():
+    model, tokenizer = smf.load_base("tiny/model")
+    questions = [q for _, q in evaluation.trivia_questions("", "tiny/trivia_qa", "validation")][:4]
+    prompts = [q.prompt for q in questions]
+    for prompt, text in zip(prompts, evaluation.answers(model, tokenizer, prompts), strict=True):
+        ids = start = smf.prompt_ids(tokenizer, prompt)[0]
+        for _ in range(32):  # greedy, by hand, without an end
+            ids = ids + [model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+        first, *others = tokenizer.decode(ids[len(start):]).split(tokenizer.eos_token)
+        assert text == first and len(others) > 1
+
+
 def test_a_question_beyond_the_context_is_scored_without_its_beginning():
     model, tokenizer = smf.load_base("tiny/model")
     question = evaluation.trivia_questions("", "tiny/trivia_qa", "validation")[0][1]
@@ -1365,6 +1454,13 @@ def test_answered():
     assert evaluation.answered("a king of the hill", ["King of  Hill"])  # no articles
     assert evaluation.answered("It is O’Hare", ["O'Hare"])
     assert not evaluation.answered("It is the Rome", ["Paris", "", "the"])  # nothing is left of it
+
+
+def test_any_alias_answers(monkeypatch):
+    monkeypatch.setattr(evaluation, "answers", lambda *_: ["It is Big Ben", "A tower", "The clock"])
+    questions = [evaluation.Question("Which?", "a tower", ["big ben", "the tower"])] * 3
+    right, likelihood = evaluation.ask(*smf.load_base("tiny/model"), questions)
+    assert right == [True, True, False] and len(likelihood) == 3
 
 
 def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
@@ -1567,7 +1663,9 @@ def test_each_measure_is_taken_of_its_own_questions(monkeypatch):
         found = evaluation.learned(model, tokenizer, data, args)
         assert asked == ["target"] and found.keys() == {"target_accuracy"} | more
         asked.clear()
-    found = evaluation.forgotten(model, tokenizer, data, args)
+    begun = lambda text, add_special_tokens=True: {  # a tokenizer that begins every text
+        "input_ids": [1] * add_special_tokens + tokenizer(text)["input_ids"]}
+    found = evaluation.forgotten(model, begun, data, args)
     assert asked == [(tokenizer(data.text)["input_ids"][:3], 128, 64), "knowledge", "untaught"]
     assert found["knowledge_right"] == [True, False]
     assert found["knowledge_log_likelihood"]["value"] == -1.5
@@ -2186,6 +2284,27 @@ def test_overwrite_begins_again_and_keeps_no_figures(runs, tmp_path):
     assert not (tmp_path / "run/eval-validation.json").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("cannot allocate"),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_to_be_out_of_memory_is_no_fault_of_a_run(runs, monkeypatch, capsys, error):
+    def full(*_, **__):
+        raise error
+
+    for module, name in ((smf, "load_memory"), (AutoModelForCausalLM, "from_pretrained")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            line = refused(capsys, lambda run: smf.load(*run), runs / "additive")
+        assert str(error) in line and "--micro-batch-size" in line and "--overwrite" not in line
+
+
+def test_a_bug_is_no_refusal():
+    def bug():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        smf.script(bug)
+
+
 def test_ctrl_c_says_how_to_go_on(capsys):
     def interrupted():
         raise KeyboardInterrupt
@@ -2462,11 +2581,14 @@ def test_the_scripts_run(tmp_path):
     assert names == {"base", "additive-retrofit-seed0", "additive-tfidf-seed0"}
     result = smf.read_json(tmp_path / "out/tiny/additive-tfidf-seed0/eval.json")
     for measure in ("target_accuracy", "perplexity", "knowledge_accuracy"):
-        assert set(result[measure]) == {"value", "stderr", "n"}
+        assert result[measure].keys() == {"value", "stderr", "n"}
+        assert result[measure]["n"] == (199 if measure == "perplexity" else 6)  # as in QUICK
     seed = ["--seed=1", "--split=validation"]
     fresh = script("train_sparse.py", "--fresh", *QUICK, *small, *seed, cwd=tmp_path)
     assert "running stage 1 first" in fresh and "additive-fresh-seed1" in fresh
     assert (tmp_path / "out/tiny/additive-fresh-seed1/metrics.jsonl").read_text() == ""
+    made = smf.read_config(tmp_path / "out/tiny/additive-fresh-seed1")
+    assert made["arguments"]["seed"] == 1  # handed on to stage 1
     lora = script("baselines.py", "--method=lora", *QUICK, cwd=tmp_path)
     assert "| after |" in lora and "before stage 2" not in lora and "never taught" in lora
     table = script("eval.py", cwd=tmp_path)

@@ -81,7 +81,7 @@ def check_same(retrofit, config, args):
         made = (config["arguments"] | config | config["memory"]).get(name)
         if value not in (made, None) and (name in args.given or args.retrofit is None):
             raise smf.Refused(f"--{name.replace('_', '-')} {value}: {retrofit} was made with "
-                              f"{made}; leave the flag out, or make another retrofit with "
+                              f"{made}; ask for the same, or make another retrofit with "
                               f"train_retrofit.py --out DIR and name it here with --retrofit DIR")
 
 
