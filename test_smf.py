@@ -2371,7 +2371,7 @@ BROKEN = [  # kind of run, its file, what happens to it, what the refusal says
     ("retrofit", "config.json", lambda c: c.update(dtype="save"), "do not fit"),
     ("retrofit", "config.json", lambda c: c["memory"].update(evil=1), "do not fit"),
     ("retrofit", "config.json", lambda c: c["memory"].update(n_keys="32"), "do not fit"),
-    ("retrofit", "config.json", lambda c: c["memory"].update(n_keys=10**6), "do not fit"),
+    ("retrofit", "config.json", lambda c: c["memory"].update(n_keys=10**6), "allocate"),
     ("retrofit", "config.json", lambda c: c.update(layers=[[1], [2]]), "do not fit"),
     ("retrofit", "config.json", lambda c: c.update(layers=[1.0, 2.0, 3.0]), "do not fit"),
     ("retrofit", "memory.safetensors",
