@@ -814,11 +814,11 @@ def script(main, several=False):
                    file=sys.stderr)
         sys.exit(130)
     except (Refused, OSError, RuntimeError, MemoryError) as error:  # OSError: a full disk, say
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            sys.stderr = sys.__stderr__  # of any process, see join
-            raise  # a bug; but to be out of memory is none
         if out_of_memory(error):
             error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
+        elif isinstance(error, RuntimeError):  # a bug
+            sys.stderr = sys.__stderr__  # of any process, see join
+            raise
         line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
         # from any process, see join; print would run into a progress bar
         tqdm.write(line, file=sys.__stderr__ if rank()[0] else sys.stderr)

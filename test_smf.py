@@ -103,7 +103,8 @@ def test_forward_is_the_gated_sum_of_the_rows_read():
 
 def test_what_the_wrappers_add_up():
     torch.manual_seed(0)
-    mlp, memory, x = torch.nn.Linear(32, 32), smf.ProductKeyMemory(32, **SHAPE), torch.randn(2, 3, 32)
+    mlp, memory = torch.nn.Linear(32, 32), smf.ProductKeyMemory(32, **SHAPE)
+    x = torch.randn(2, 3, 32)
     assert torch.equal(smf.AdditiveMemory(mlp, memory, 0.3)(x), mlp(x) + 0.3 * memory(x))
     assert torch.equal(smf.ReplacementMemory(memory)(x), memory(x))
 
@@ -507,9 +508,8 @@ def test_every_step_changes_the_selected_rows_and_nothing_else(runs, tmp_path, m
     def spy_load(*args):
         model, tokenizer = load(*args)
         seen.setdefault("model", model)
-        seen.setdefault(
-            "before", {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        )
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seen.setdefault("before", state)
         return model, tokenizer
 
     def spy_step(self, rows, gradient, lr):
@@ -517,10 +517,8 @@ def test_every_step_changes_the_selected_rows_and_nothing_else(runs, tmp_path, m
         return row_step(self, rows, gradient, lr)
 
     def spy_log(run, line, *rest):
-        after, free = (
-            seen["model"].state_dict(),
-            {".mlp.scale"} if "--train-scale" in flags else set(),
-        )
+        after = seen["model"].state_dict()
+        free = {".mlp.scale"} if "--train-scale" in flags else set()
         for layer, memory in smf.memories(seen["model"]).items():
             name = next(n for n in after if f".{layer}." in n and n.endswith("memory.values"))
             moved = (after[name] != seen["before"][name]).any(1).nonzero().squeeze(1)
@@ -929,7 +927,7 @@ def test_stage_1_logs_what_each_batch_reads(runs, tmp_path):
 def test_general_chats_are_the_replies_of_the_assistant(tmp_path, monkeypatch):
     thread = [("1", None, "prompter", "Hi"), ("2", "1", "assistant", "Hello"),
               ("3", "2", "prompter", "How are you?"), ("4", "3", "assistant", "Fine"),
-              ("5", "0", "assistant", "of a prompt that is not there"), ("6", "3", "assistant", " ")]
+              ("5", "0", "assistant", "of a prompt not there"), ("6", "3", "assistant", " ")]
     names = ("message_id", "parent_id", "role", "text")
     lines = [json.dumps(dict(zip(names, row))) + "\n" for row in thread]
     (tmp_path / "train.jsonl").write_text("".join(lines))
@@ -1044,8 +1042,9 @@ def test_the_base_is_neither_changed_nor_stored(runs, tmp_path):
 
 
 @pytest.mark.parametrize("breaks", [
-    lambda loss: loss * math.nan, lambda loss: loss + (loss - loss.detach()).sqrt()],  # + 0, slope inf
-    ids=["loss", "gradient"])
+    lambda loss: loss * math.nan,
+    lambda loss: loss + (loss - loss.detach()).sqrt(),  # + 0, of infinite slope
+], ids=["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(runs, tmp_path, monkeypatch, breaks):
     token_loss = smf.token_loss
     calls = []
@@ -1536,6 +1535,13 @@ def test_kept_counts_what_was_answered_before(tmp_path, monkeypatch):
     )
 
 
+def lora_sweep(path):
+    """Runs without weights: LoRA at three rates, two seeds each, and their base."""
+    fake_run(path / "base", "base")
+    return [fake_run(path / f"lora-lr{lr}-seed{seed}", "lora", lr=lr, seed=seed, epochs=2)
+            for lr in (1.0, 0.3, 0.1) for seed in (1, 0)]
+
+
 def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there_alone(
     tmp_path, monkeypatch
 ):
@@ -1547,9 +1553,7 @@ def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there
         return accuracy[lr] + 0.1 * int(seed) if split == "validation" else 1 - accuracy[lr] / 2
 
     reads = fake_evaluated(monkeypatch, target)
-    runs = [fake_run(tmp_path / f"lora-lr{lr}-seed{seed}", "lora", lr=lr, seed=seed, epochs=2)
-            for lr in (1.0, 0.3, 0.1) for seed in (1, 0)]
-    fake_run(tmp_path / "base", "base")
+    runs = lora_sweep(tmp_path)
     found = evaluation.sweeps(runs, "facts")
     assert found.keys() == {"lora"} and list(found["lora"]) == [1.0, 0.3, 0.1]
     assert found["lora"][0.3] == {1: runs[2], 0: runs[3]}
@@ -1569,6 +1573,10 @@ def test_the_learning_rate_is_chosen_on_validation_and_the_test_split_read_there
     assert figures["chosen"] == 0.3 and list(figures["test"]) == [0, 1, 2]
     assert all(list(seeds) == [0, 1] for seeds in figures["validation"].values())
     assert ("lora-lr0.3-seed2", "validation") not in reads
+
+
+def test_runs_that_make_no_sweep_are_refused(tmp_path):
+    runs = lora_sweep(tmp_path)
     with pytest.raises(smf.Refused, match=r"lora has 3 learning rates with the seeds \[\]"):
         evaluation.sweeps([runs[0], *runs[3:]], "facts")
     few = [fake_run(tmp_path / f"full-lr{lr}-seed0", "full", lr=lr, seed=0) for lr in (1, 2)]
@@ -1743,8 +1751,7 @@ def test_the_study_counts_parameters_and_writes_its_files(
     assert "| lora, lr 0.001 | 0.500 |" in text
     result = smf.read_json(tmp_path / "results/results.json")
     assert result["figures"]["additive-tfidf"]["chosen"] == 0.1
-    for name in ("headline", "frontier"):
-        assert (tmp_path / f"results/{name}.png").exists()
+    assert all((tmp_path / f"results/{name}.png").exists() for name in ("headline", "frontier"))
     base, memory, mlp = 253_504, 3 * (1024 * 64 + 64 * 128 + 128 * 32 + 2 * 64 * 64), 3 * 64 * 128
     lora = 4 * 16 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
     cost = {name: list(row.values()) for name, row in result["costs"].items()}
@@ -2284,8 +2291,9 @@ def test_overwrite_begins_again_and_keeps_no_figures(runs, tmp_path):
     assert not (tmp_path / "run/eval-validation.json").exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("cannot allocate"),
-                                   RuntimeError("DefaultCPUAllocator: not enough memory")])
+@pytest.mark.parametrize("error", [
+    MemoryError("no room"), torch.OutOfMemoryError("cannot allocate"),
+    RuntimeError("DefaultCPUAllocator: not enough memory")])
 def test_to_be_out_of_memory_is_no_fault_of_a_run(runs, monkeypatch, capsys, error):
     def full(*_, **__):
         raise error
