@@ -1,38 +1,27 @@
 """Sparse Memory Finetuning (SMF): teach a pretrained language model by updating a few memory rows.
 
-    x --> query --> n + n scores --> K of N = n*n rows --> gated sum --> y    beside the block's MLP
-          (D)       two half-keys     exact top-K           V[rows]
+    x --> query --> n + n scores --> K of N = n * n rows --> weighted sum --> y --> gate --> Mem(x)
+          (D)       two half-keys    exact top-K             of rows V[i]           added to the MLP
 
-The method in five lines:
-  1. retrofit: add a product-key memory to a few blocks; train it on general text (stage 1);
-  2. background: count how often general text reads each row of its value table V;
-  3. for each batch of what is to be learned (stage 2), count which rows that batch reads;
-  4. score them: read much here, little in general; keep the best t rows of each memory;
-  5. update those rows of V. Nothing else changes, bit for bit.
+  1. Retrofit: add a product-key memory to a few blocks and train it on general text (stage 1).
+  2. Background: count how often general text reads each row of its value table V.
+  3. For each batch of what is to be learned (stage 2), count which rows that batch reads.
+  4. Score them: read much by this batch, little by general text. Select the best t of each memory.
+  5. Update the selected rows of V. Nothing else changes, bit for bit.
 
-Papers: [Lin25] arXiv 2510.15103, Continual Learning via Sparse Memory Finetuning; [Goyal26]
-2604.05248; [Gupta26] 2605.03229. Memories: [Lample19] 1907.05242, product keys; [Berges24]
-2412.09764, memory layers at scale. "ours" marks what they leave open.
-
-Letters: B batch, T time, D model width, H heads, K reads per head, n sub-keys per half, N = n*n
-rows, t rows updated per layer and step, S real tokens (no padding) of a whole batch.
-
-Read it top to bottom: 1 the memory, 2 putting it into a model, 3 counting reads, 4 scoring rows,
-5 updating those rows and nothing else (the trap), 6 saving and loading, 7 what the scripts share.
+Papers: [Lin25] arXiv 2510.15103, Continual Learning via Sparse Memory Finetuning; [Gupta26]
+2605.03229; [Lample19] 1907.05242, product keys; [Berges24] 2412.09764, memory layers at scale.
+Shapes in comments: B examples, T tokens of each, D model width, H heads, K rows that a head reads,
+n sub-keys per half, N = n * n rows, t selected rows, S tokens of a whole batch without padding.
 """
 
-import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
-import shutil
-import signal
+import resource
 import sys
 import time
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,44 +31,34 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", 0))  # which of how many processes this is: set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]  # the best first
 
 
-class Refused(ValueError):
-    """Bad input. The scripts print it as one line (what is wrong, what to do) and exit with 2."""
+class BadInput(ValueError):
+    """Something that the user can mend. The scripts print it as one line and exit with code 2."""
 
 
-# ------------------------------------------------------------------------------------------------
 # 1. The memory
 
-
-class Read(NamedTuple):
-    """What one forward pass read from one memory; after backward, y.grad is dL/dy."""
-    x: torch.Tensor  # (B, T, D) what came in
-    rows: torch.Tensor  # (B, T, H, K)
-    weights: torch.Tensor  # (B, T, H, K)
-    y: torch.Tensor  # (B, T, D) the weighted sum of the rows
-
-
 class ProductKeyMemory(nn.Module):
-    """N = n_keys**2 value rows; each token reads top_k per head [Lample19 §3, Berges24 §3].
+    """A table of N = n_keys**2 value rows, of which each token reads the top_k best per head.
 
-    d_model: D. n_keys: n. heads: H. k_dim: width of a head's query, two halves of k_dim / 2.
-    top_k: K. Kept in float32. Raises Refused if K is not in 1..n or k_dim is odd.
-    """
+    The two halves of a query are scored against n sub-keys each. Row i * n + j has the score
+    s1[i] + s2[j], so 2n scores search N rows [Lample19 section 3, Berges24 section 3]."""
 
     def __init__(self, d_model, n_keys=128, heads=4, k_dim=256, top_k=16):
         super().__init__()
-        if not 1 <= top_k <= n_keys:
-            raise Refused(f"--top-k {top_k}: a head reads between 1 and --n-keys {n_keys} rows")
-        if heads < 1 or k_dim < 2 or k_dim % 2:
-            raise Refused(f"--heads {heads} --k-dim {k_dim}: give a head or more, an even k_dim")
+        if not 1 <= top_k <= n_keys or k_dim % 2:
+            raise BadInput(f"--top-k {top_k}: give 1 to --n-keys {n_keys}; --k-dim {k_dim}: even")
         self.n_keys, self.heads, self.top_k = n_keys, heads, top_k
-        self.query = nn.Linear(d_model, heads * k_dim, bias=False)  # W_q
-        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, k_dim // 2))  # K1, K2 of each head
+        self.query = nn.Linear(d_model, heads * k_dim, bias=False)
+        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, k_dim // 2))
         self.values = nn.Parameter(torch.empty(n_keys**2, d_model))  # V
         self.gate = nn.Linear(d_model, d_model, bias=False)  # W1
         self.out = nn.Linear(d_model, d_model, bias=False)  # W2
@@ -88,72 +67,72 @@ class ProductKeyMemory(nn.Module):
             nn.init.normal_(weight, std=d_model**-0.5)
         self.register_buffer("query_mean", torch.zeros(heads * k_dim))
         self.register_buffer("query_var", torch.ones(heads * k_dim))
-        rows = torch.zeros(n_keys**2, dtype=torch.int64)  # (N,)
-        self.register_buffer("doc_freq", rows)  # b, see collect_background
-        self.register_buffer("background_counts", rows.clone())  # C
-        self.register_buffer("num_batches", torch.tensor(0))  # B
-        self.tape = None  # see record_reads
+        # The background, which part 3 collects: how general text reads each row.
+        self.register_buffer("doc_freq", torch.zeros(n_keys**2, dtype=torch.int64))
+        self.register_buffer("background_counts", torch.zeros(n_keys**2, dtype=torch.int64))
+        self.register_buffer("num_batches", torch.tensor(0))
+        self.last = self.dy = None  # what the last forward pass read, until it is collected
 
     def lookup(self, x):
-        """x (..., D) -> rows (..., H, K) int64; weights (..., H, K), which sum to one over K.
-
-        Exact: the K best sums s1[i] + s2[j] use the K best s1 and the K best s2 [Lample19 §3].
-        """
+        """x (..., D) -> rows (..., H, K) and their weights (..., H, K), which sum to 1 over K.
+        It is exact: the K best sums s1[i] + s2[j] use only the K best s1 and the K best s2."""
         q = (self.query(x) - self.query_mean) * (self.query_var + 1e-5).rsqrt()  # (..., H * k_dim)
         q = q.unflatten(-1, (self.heads, 2, -1))  # (..., H, 2, k_dim / 2)
         scores = torch.einsum("...hpd,hpnd->...hpn", q, self.keys)  # (..., H, 2, n)
         best, index = scores.topk(self.top_k)  # (..., H, 2, K) both
         sums = best[..., 0, :, None] + best[..., 1, None, :]  # (..., H, K, K)
         best, pair = sums.flatten(-2).topk(self.top_k)  # (..., H, K) both
-        i1 = index[..., 0, :].gather(-1, pair // self.top_k)  # (..., H, K)
-        i2 = index[..., 1, :].gather(-1, pair % self.top_k)  # (..., H, K)
-        return i1 * self.n_keys + i2, best.softmax(-1)  # (..., H, K) both
+        i = index[..., 0, :].gather(-1, pair // self.top_k)  # (..., H, K)
+        j = index[..., 1, :].gather(-1, pair % self.top_k)  # (..., H, K)
+        return i * self.n_keys + j, best.softmax(-1)
 
     def forward(self, x):
-        """x (B, T, D) -> W2 (y * SiLU(W1 x)), y = sum of weight * V[row] [Berges24 §3]."""
-        dtype, x = x.dtype, x.float()  # (B, T, D)
-        rows, weights = self.lookup(x)  # (B, T, H, K) both
-        bags = rows.flatten(-2).flatten(0, -2)  # (B * T, H * K)
-        y = F.embedding_bag(bags, self.values, per_sample_weights=weights.view_as(bags), mode="sum")
-        y = y.view_as(x)  # (B * T, D) -> (B, T, D)
-        if self.tape is not None:
-            if torch.is_grad_enabled():  # with V frozen, the lowest y must ask for its dL/dy
-                y.requires_grad_().retain_grad()
-            self.tape.append(Read(x.detach(), rows, weights.detach(), y))
-        return self.out(y * F.silu(self.gate(x))).to(dtype)  # (B, T, D)
+        """x (B, T, D) -> W2 (y * SiLU(W1 x)), where y is the weighted sum of the rows read."""
+        dtype, x = x.dtype, x.to(self.values.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the memory stays in float32
+            rows, weights = self.lookup(x)  # (B, T, H, K) both
+            bags = rows.flatten(-2).flatten(0, -2)  # (B * T, H * K)
+            y = F.embedding_bag(bags, self.values, mode="sum",
+                                per_sample_weights=weights.view_as(bags)).view_as(x)  # (B, T, D)
+            self.last, self.dy = (x.detach(), rows, weights.detach()), None
+            if torch.is_grad_enabled():  # V is frozen in stage 2: ask for dL/dy explicitly
+                y.requires_grad_().register_hook(lambda dy: setattr(self, "dy", dy))
+            return self.out(y * F.silu(self.gate(x))).to(dtype)  # (B, T, D)
+
+    def collect(self):
+        """Hand over what the last forward pass read: x (B, T, D), rows and weights (B, T, H, K),
+        and dL/dy (B, T, D), which is None before the backward pass."""
+        collected, self.last, self.dy = (*self.last, self.dy), None, None
+        return collected
 
     @torch.no_grad()
     def track_queries(self, x, momentum):
-        """Move the query's mean and variance towards those of the real tokens x (S, D) of a batch.
+        """Move the running mean and variance of the queries towards those of tokens x (S, D).
 
-        Without a batch normalisation of the query, training can make all tokens read the same few
-        rows [Lample19 §4]. momentum: 0 keeps the statistics, 1 replaces them.
-        # differs: normalised by these running statistics always, in training too; so padding,
-        # micro-batches and evaluation change nothing.
-        """
+        Without normalised queries, training can make all tokens read the same few rows [Lample19
+        section 4]. differs: the running statistics are used in training, too, so padding and
+        micro-batches change nothing."""
         query = self.query(x)  # (S, H * k_dim)
         self.query_mean.lerp_(query.mean(0), momentum)
         self.query_var.lerp_(query.var(0, correction=0), momentum)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Putting memories into a model
-
+# 2. Adding memories to a model
 
 class AdditiveMemory(nn.Module):
-    """h = MLP(x) + alpha * Mem(x); the pretrained MLP stays; alpha is `scale` [Gupta26 §3.1]."""
+    """h = MLP(x) + alpha * Mem(x): the pretrained MLP stays [Gupta26 section 3.1]."""
 
-    def __init__(self, mlp, memory, scale=0.01):
+    def __init__(self, mlp, memory, alpha=0.01):
         super().__init__()
         self.mlp, self.memory = mlp, memory
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
 
     def forward(self, x):
-        return self.mlp(x) + self.scale * self.memory(x)  # (B, T, D)
+        return self.mlp(x) + self.alpha * self.memory(x)  # (B, T, D)
 
 
 class ReplacementMemory(nn.Module):
-    """h = Mem(x): the pretrained MLP is dropped [Gupta26 §3.1]."""
+    """h = Mem(x): the pretrained MLP is dropped [Gupta26 section 3.1]."""
 
     def __init__(self, memory):
         super().__init__()
@@ -164,870 +143,403 @@ class ReplacementMemory(nn.Module):
 
 
 def decoder_blocks(model):
-    """The blocks of a Hugging Face decoder: its first ModuleList whose members all have an .mlp."""
+    """The transformer blocks: the first ModuleList whose members all have an .mlp."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module and all(hasattr(b, "mlp") for b in module):
             return module
-    raise Refused(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
-
-
-def wrappers(model):
-    """{layer: its AdditiveMemory or ReplacementMemory}, the lowest first."""
-    return {layer: block.mlp for layer, block in enumerate(decoder_blocks(model))
-            if isinstance(block.mlp, (AdditiveMemory, ReplacementMemory))}
+    raise BadInput(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
 
 
 def memories(model):
-    """{layer: its ProductKeyMemory}, the lowest first."""
-    return {layer: wrapper.memory for layer, wrapper in wrappers(model).items()}
+    """{name: module} of the memories of a model, the lowest layer first."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, ProductKeyMemory)}
 
 
-def retrofit(model, layers, mode="additive", scale=0.01, **memory_shape):
-    """Put a memory into the blocks `layers` (0-based) of a Hugging Face decoder, freeze the rest.
+def memory_state(model):
+    """{name: tensor} of all that retrofit adds to a model."""
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if ".mlp.memory." in name or name.endswith(".mlp.alpha")}
 
-    mode: "additive" or "replacement". scale: alpha at the start, the papers' 0.01 unless given (the
-    scripts give 1). memory_shape: n_keys, heads, k_dim, top_k. Changes the model and returns it.
-    Raises Refused on an unknown mode or layer.
-    """
+
+def retrofit(model, layers, mode="additive", alpha=0.01, **shape):
+    """Add a memory to the blocks `layers` of a Hugging Face decoder, freeze the rest -> the model.
+    mode: "additive" or "replacement". shape: n_keys, heads, k_dim, top_k."""
     blocks = decoder_blocks(model)
-    if mode not in ("additive", "replacement"):
-        raise Refused(f"--mode {mode}: choose additive or replacement")
-    if len(set(layers)) < max(len(layers), 1) or not set(layers) <= set(range(len(blocks))):
-        raise Refused(f"--layers {layers}: name layers from 0 to {len(blocks) - 1}, each once")
-    if wrappers(model):
-        raise Refused(f"--layers {layers}: this model has memories already; load it without them")
+    if not layers or sorted(set(layers) & set(range(len(blocks)))) != sorted(layers):
+        raise BadInput(f"--layers {layers}: name layers from 0 to {len(blocks) - 1}, each once")
     model.requires_grad_(False)
     for layer in layers:
         mlp = blocks[layer].mlp
-        memory = ProductKeyMemory(model.config.get_text_config().hidden_size, **memory_shape)
-        additive = mode == "additive"
-        new = AdditiveMemory(mlp, memory, scale) if additive else ReplacementMemory(memory)
+        new = ProductKeyMemory(model.config.get_text_config().hidden_size, **shape)
+        new = AdditiveMemory(mlp, new, alpha) if mode == "additive" else ReplacementMemory(new)
         blocks[layer].mlp = new.to(next(mlp.parameters()).device)
     return model
 
 
-# ------------------------------------------------------------------------------------------------
 # 3. Counting reads
 
-
-@contextmanager
-def record_reads(model):
-    """Within this block every forward pass leaves a Read: yields {layer: [Read, ...]}.
-
-    Outside of it nothing is kept: generation and evaluation cannot leak into the counts.
-    """
-    tapes = {layer: [] for layer in memories(model)}
-    for layer, memory in memories(model).items():
-        memory.tape = tapes[layer]
-    try:
-        yield tapes
-    finally:
-        for memory in memories(model).values():
-            memory.tape = None
-
-
-def real_tokens(reads, masks):
-    """Join the micro-batches of one batch and leave the padding out.
-
-    reads: list of Read. masks: their attention masks, each (B, T). -> x (S, D), rows (S, H, K),
-    weights (S, H, K), dy = dL/dy (S, D), None if there was no backward.
-    """
-    trained = [read for read in reads if read.y.grad is not None]
-    reads = trained or reads  # gradient checkpointing leaves two Reads of a pass, one with gradient
-    assert len(reads) == len(masks), "one mask for each forward pass"
-    tensors = [read._replace(y=read.y.grad if trained else read.y) for read in reads]
-    x, rows, weights, dy = (torch.cat([tensor[mask.bool()] for tensor, mask in zip(column, masks)])
-                            for column in zip(*tensors))
-    return x, rows, weights, dy if trained else None
-
-
 def count_reads(rows, n_rows):
-    """c: how often each of the n_rows = N rows occurs in `rows`, of any shape -> (N,) int64."""
+    """How often each of the n_rows = N rows occurs in `rows`, of any shape -> (N,) int64."""
     return torch.bincount(rows.flatten(), minlength=n_rows)  # (N,)
 
 
 @torch.no_grad()
 def read_only(model, batch):
-    """One forward pass of a collated batch for its reads alone -> {layer: [Read]}."""
-    with record_reads(model) as tapes:
-        model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1,
-              use_cache=False)  # of the logits, only the last
-    return tapes
+    """A forward pass of a batch, for its reads alone -> {name: memory.collect()}."""
+    model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1,
+          use_cache=False)
+    return {name: memory.collect() for name, memory in memories(model).items()}
 
 
 @torch.no_grad()
 def collect_background(model, batches):
-    """Record in each memory what general text reads of it [Gupta26 §3.2, App. A].
+    """Record in each memory what general text reads of it [Gupta26 section 3.2, appendix A].
 
-    batches: of collate (part 7): {"input_ids": (B, T), "attention_mask": (B, T), ...}. Sets
-    doc_freq (N,), b_i: how many examples read row i; background_counts (N,), C_i: all reads of it;
-    num_batches, B: how many examples there were.
-    # differs: examples run together, for speed, but each counts as a batch of one, as in the paper.
-    """
+    doc_freq (N,): how many examples read a row. background_counts (N,): all reads of a row.
+    num_batches: how many examples there were (each counts as a batch of one, as in the paper)."""
     for memory in memories(model).values():
         for buffer in (memory.doc_freq, memory.background_counts, memory.num_batches):
             buffer.zero_()
     for batch in batches:
-        tapes = read_only(model, batch)
-        for layer, memory in memories(model).items():
-            for rows, mask in zip(tapes[layer][0].rows, batch["attention_mask"].bool()):
-                counts = count_reads(rows[mask], len(memory.values))  # (N,)
+        for name, (_, rows, _, _) in read_only(model, batch).items():
+            memory = model.get_submodule(name)
+            for read, mask in zip(rows, batch["attention_mask"].bool()):  # (T, H, K), (T,)
+                counts = count_reads(read[mask], len(memory.values))  # (N,)
                 memory.doc_freq += counts > 0
                 memory.background_counts += counts
                 memory.num_batches += 1
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Scoring rows: read much by this batch, little in general
-
+# 4. Scoring rows: read much by this batch, little by general text
 
 def tfidf_scores(counts, doc_freq, num_batches):
-    """TF-IDF [Lin25 §3]: (c_i / sum c) * log((B + 1) / (b_i + 1)).
-
-    counts (N,): c, this batch's reads. doc_freq (N,): b. num_batches: B. -> (N,)
-    """
+    """TF-IDF [Lin25 section 4]: c_i / sum(c) * log((B + 1) / (b_i + 1)) -> (N,)
+    counts (N,): c, this batch's reads. doc_freq (N,): b. num_batches: B."""
     return counts / counts.sum() * torch.log((num_batches + 1) / (doc_freq + 1))  # (N,)
 
 
 def kl_scores(counts, background_counts):
-    """KL [Gupta26 §3.2]: p_i log(p_i / q_i), p = c / sum c, q = (C + 1) / sum (C + 1).
-
-    counts (N,): c, this batch's reads. background_counts (N,): C. -> (N,). The add-one is ours.
-    """
+    """KL [Gupta26 section 3.2]: p_i log(p_i / q_i), p = c / sum(c), q = (C + 1) / sum(C + 1)
+    counts (N,): c, this batch's reads. background_counts (N,): C (the + 1 is ours). -> (N,)"""
     p = counts / counts.sum()  # (N,)
     q = (background_counts + 1) / (background_counts + 1).sum()  # (N,)
-    return torch.xlogy(p, p / q)  # (N,) 0 where a row is not read
+    return torch.xlogy(p, p / q)  # (N,), 0 where p is 0
 
 
 def top_rows(scores, counts, t):
-    """The t best of the rows that were read (of equal scores, the lower row) -> bool (N,).
-
-    Exactly min(t, rows read) are True. scores, counts (N,). Raises Refused if t < 1.
-    """
-    if t < 1:
-        raise Refused(f"--top-t {t}: update at least one row")
+    """Select the t best-scored of the rows that were read at all -> rows (t or fewer,), sorted."""
     read = counts.nonzero().squeeze(-1)  # (rows read,)
-    best = read[scores[read].argsort(descending=True, stable=True)[:t]]  # (min(t, rows read),)
-    return torch.zeros_like(counts, dtype=torch.bool).index_fill_(0, best, True)  # (N,)
+    order = scores[read].argsort(descending=True, stable=True)  # of equal scores, the lower row
+    return read[order[:t]].sort().values  # (t,)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Updating the selected rows and nothing else: the trap
+# 5. Updating the selected rows and nothing else
 #
-# The papers mask the gradient of V with a hook. It is two lines:
+# [Gupta26 section 3.2] masks the gradient of V with a hook:
 
 
 def mask_gradient(values, mask):
-    """The papers' hook [Lin25 §3]: zero the gradient of values (N, D) where mask (N,) is False."""
+    """Zero the gradient of values (N, D) where mask (N,) is False."""
     return values.register_hook(lambda gradient: gradient * mask[:, None])  # (N, D)
 
 
-# With V in an ordinary optimizer this does NOT freeze the other rows. AdamW moves a row whose
-# gradient is zero: by weight decay, at every step, and by the momentum left from earlier steps that
-# did select it (test_smf.py shows both). It also keeps gradient and moments of the whole table.
-#
-# So here V is frozen as far as autograd knows. For y = sum_r weight_r * V[r], the gradient of a row
-# is the sum of weight * dL/dy over its reads, and Read holds all of that. row_gradient adds it up
-# for the selected rows alone, RowOptimizer keeps moments for the rows ever selected alone, and what
-# grows with N in a step are a few vectors (N,), such as the counts, and nothing of size N * D.
+# [Lin25 section 4] has the same gradient from the forward pass, V * mask + (V - V * mask).detach().
+# With V in an ordinary optimizer neither freezes the other rows: AdamW moves a row whose gradient
+# is zero, by weight decay and by the momentum of earlier steps that selected it (a test shows it).
+# Both also keep gradient and moments of the whole table. So here V does not require a gradient.
+# The gradient of a row is the sum of weight * dL/dy over its reads; collect() gives all of that:
 
 
-def row_gradient(rows, weights, dy, mask):
-    """The gradient of the selected rows: what autograd would give for V, times the mask.
-
-    rows, weights (S, H, K), dy (S, D): see real_tokens. mask (N,) bool.
-    -> selected (t,), the rows in rising order, and their gradient (t, D).
-    """
-    selected = mask.nonzero().squeeze(-1)  # (t,)
-    line = mask.cumsum(0) - 1  # (N,) where a selected row stands in `selected`
+def row_gradient(selected, rows, weights, dy, n_rows):
+    """The gradient of the rows `selected` (t,): what autograd would give for V there -> (t, D)
+    Of all S tokens of a batch: rows and weights (S, H, K), dy = dL/dy (S, D)."""
+    place = torch.full((n_rows,), -1, device=rows.device)  # (N,) place of a row in `selected`
+    place[selected] = torch.arange(len(selected), device=rows.device)
     gradient = dy.new_zeros(len(selected), dy.shape[-1])  # (t, D)
-    for head in range(rows.shape[1]):  # head by head, to spare memory
-        token, read = mask[rows[:, head]].nonzero(as_tuple=True)  # (R,) reads of selected rows
-        share = weights[token, head, read, None] * dy[token]  # (R, D)
-        gradient.index_add_(0, line[rows[token, head, read]], share)  # (t, D)
-    return selected, gradient
+    for head in range(rows.shape[1]):  # one head at a time, to save memory
+        at = place[rows[:, head]]  # (S, K)
+        token, k = (at >= 0).nonzero(as_tuple=True)  # (reads of selected rows,) both
+        gradient.index_add_(0, at[token, k], weights[token, head, k, None] * dy[token])
+    return gradient
 
 
 class RowOptimizer:
-    """AdamW or SGD for the rows of one table that a step selects; all others stay bit-identical.
+    """AdamW (without decay) or SGD for the rows of a table that a step selects; no other row moves.
 
-    Lazy moments: a row's moments and, for AdamW, its age, the number of steps that selected it,
-    advance only when it is selected, and bias correction uses that age. To a row, the steps that
-    passed it over never happened; when first selected, it moves as at Adam's first step.
-    kind: "adamw" or "sgd"; weight decay is decoupled in both. eps: ours; row gradients can be ~1e-8
-    (alpha scales them), and the usual 1e-8 would swallow them; added outside of the root, as torch.
-    """
+    Each row has its own moments and its own age, the number of steps that selected it. To a row,
+    the steps that did not select it never happened. The state grows with the rows ever selected,
+    not with the table. eps is small because alpha scales gradients down, to about 1e-8."""
 
-    def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0,
-                 momentum=0.0):
+    def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12):
         self.values, self.kind, self.betas, self.eps = values, kind, betas, eps
-        self.weight_decay, self.momentum = weight_decay, momentum
-        self.line = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its line
-        none = values.detach()[:0]  # (0, D)
-        self.state = {"rows": self.line[:0], "m": none}
-        if kind == "adamw":
-            self.state |= {"age": none[:, :1], "v": none}
+        self.slot = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its slot
+        self.rows = self.slot[:0]  # (rows ever selected,) slot -> its row
+        self.m = self.v = values.detach()[:0]  # (rows ever selected, D)
+        self.age = self.m[:, :1]  # (rows ever selected, 1)
 
-    def load_state(self, state):
-        """Go on from a .state that was saved."""
-        self.state = state
-        self.line[state["rows"]] = torch.arange(len(state["rows"]), device=self.line.device)
-
-    def lines(self, rows):
-        """The lines of these rows (t,) in the state; rows selected for the first time get zeros."""
-        new = rows[self.line[rows] < 0]  # (first-time rows,)
-        if not len(new):
-            return self.line[rows]  # (t,)
-        self.line[new] = len(self.state["rows"]) + torch.arange(len(new), device=new.device)
-        for name, old in self.state.items():
-            fresh = new if name == "rows" else old.new_zeros(len(new), old.shape[1])
-            self.state[name] = torch.cat([old, fresh])  # (rows ever selected, ...)
-        return self.line[rows]  # (t,)
+    def slots(self, rows):
+        """The slots of these rows (t,); a row selected for the first time gets a new one."""
+        new = rows[self.slot[rows] < 0]  # (first-time rows,)
+        self.slot[new] = len(self.rows) + torch.arange(len(new), device=new.device)
+        self.rows = torch.cat([self.rows, new])
+        self.m, self.v, self.age = (torch.cat([old, old.new_zeros(len(new), old.shape[1])])
+                                    for old in (self.m, self.v, self.age))
+        return self.slot[rows]  # (t,)
 
     @torch.no_grad()
     def step(self, rows, gradient, lr):
         """Update values[rows], rows (t,) without repeats, by their gradient (t, D)."""
-        at, (beta1, beta2) = self.lines(rows), self.betas  # (t,)
-        m = self.state["m"]
-        if self.kind == "sgd":
-            m[at] = update = self.momentum * m[at] + gradient  # (t, D)
-        else:
-            age, v = self.state["age"], self.state["v"]
-            age[at] += 1  # (t, 1)
-            m[at] = beta1 * m[at] + (1 - beta1) * gradient  # (t, D)
-            v[at] = beta2 * v[at] + (1 - beta2) * gradient**2  # (t, D)
-            root = (v[at] / (1 - beta2 ** age[at])).sqrt()  # (t, D)
-            update = m[at] / (1 - beta1 ** age[at]) / (root + self.eps)  # (t, D)
-        self.values[rows] -= lr * (update + self.weight_decay * self.values[rows])  # (t, D)
+        at, (beta1, beta2) = self.slots(rows), self.betas  # (t,)
+        if self.kind == "adamw":
+            self.age[at] += 1
+            self.m[at] = beta1 * self.m[at] + (1 - beta1) * gradient  # (t, D)
+            self.v[at] = beta2 * self.v[at] + (1 - beta2) * gradient**2  # (t, D)
+            root = (self.v[at] / (1 - beta2 ** self.age[at])).sqrt()  # (t, D)
+            gradient = self.m[at] / (1 - beta1 ** self.age[at]) / (root + self.eps)  # (t, D)
+        self.values[rows] -= lr * gradient
+
+    def state_dict(self):
+        """All that it needs to go on, the rows that it has changed included."""
+        return dict(rows=self.rows, values=self.values[self.rows], m=self.m, v=self.v, age=self.age)
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        state = {name: tensor.to(self.values.device) for name, tensor in state.items()}
+        self.rows, self.m, self.v, self.age = (state[name] for name in ("rows", "m", "v", "age"))
+        self.slot[self.rows] = torch.arange(len(self.rows), device=self.slot.device)
+        self.values[self.rows] = state["values"]
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Saving and loading: safetensors and JSON only; a file appears whole or not at all
-
-
-def sync(path):
-    """Have the disk keep a file, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+# 6. Runs. A run is what it changed on top of its parent: a pretrained model or another run
+#
+#     RUN/config.json         its parent, the parent's hash, and what decides the weights
+#     RUN/delta.safetensors   the tensors that it changed; written last, so it marks a finished run
+#     RUN/metrics.jsonl       a line per training step
+#     RUN/checkpoint.pt       while it trains: all that the next step depends on
+# To load a run is to load its parent and put its tensors in; to undo a run, load its parent.
 
 
 def write_atomic(path, write):
-    """Call write(temporary path), then rename: whatever happens, path is the old file or the new.
-
-    path: a file or a flat directory. Raises Refused, the old one intact, if the disk is full.
-    """
+    """Call write(temporary path), then rename it: path is always the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        for file in [*temporary.glob("*"), temporary]:
-            sync(file)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        remove(temporary)
-        raise Refused(f"{path}: cannot be written ({error}); what was there before is as it was. "
-                      f"Make room, then --resume") from None
+    except Exception as error:  # a full disk, say, which each library tells in its own way
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({error}); what it was before is kept") from None
 
 
 def write_json(path, value):
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path}: cannot be read ({error}); name a run of this project") from None
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
-def write_tensors(path, tensors):
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary))
+def weights_sha256(model):
+    """In bfloat16, so that it does not depend on the precision that the model is loaded in."""
+    weights = (p.cpu().bfloat16().contiguous() for p in model.state_dict().values())
+    return sha256("".join(sha256(w.view(torch.uint8).numpy()) for w in weights).encode())
 
 
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise Refused(f"{path}: cannot be read ({error}); make it again, --overwrite") from None
-
-
-def out_of_memory(error):
-    """Whether an error is that of any device without room, which is no fault of a run or model."""
-    full = isinstance(error, RuntimeError) and "alloc" in str(error).lower()
-    return full or isinstance(error, MemoryError)
-
-
-@contextmanager
-def restoring(source):
-    """Refused for the errors that tensors and settings raise where they do not fit the model."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        raise Refused(f"{source}: its config.json and tensors do not fit each other ({error!r}); "
-                      f"make this run again, --overwrite") from None
-
-
-def memory_state(model):
-    """{name: tensor} of all that the retrofit added, and of nothing that was pretrained."""
-    return {f"{layer}.{name}": tensor for layer, wrapper in wrappers(model).items()
-            for name, tensor in wrapper.state_dict().items() if not name.startswith("mlp.")}
-
-
-@torch.no_grad()
-def load_memory(model, tensors, source):
-    """Copy a memory_state into a retrofitted model; Refused if names, shapes or types differ."""
-    own = memory_state(model)
-    saved = {name: tensor for name, tensor in tensors.items() if name[:1].isdigit()}
-    if ({name: (tensor.shape, tensor.dtype) for name, tensor in saved.items()}
-            != {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}):
-        raise Refused(f"{source}: its tensors do not fit the model and memory of its config.json")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-
-
-@torch.no_grad()
-def load_rows(model, tensors, source):
-    """Put what a sparse run learned into its retrofit: the rows it touched, alphas if trained.
-
-    tensors: of each layer rows (r,), values (r, D) and perhaps scale (). All other rows stay.
-    """
-    for layer, wrapper in wrappers(model).items():
-        table, scale = wrapper.memory.values, getattr(wrapper, "scale", None)
-        rows, values = (tensors.get(f"{layer}.{part}", torch.tensor(0.0))  # missing: does not fit
-                        for part in ("rows", "values"))
-        fits = rows.dtype == torch.int64 and values.shape == (*rows.shape[:1], table.shape[1])
-        if not fits or not torch.isin(rows, torch.arange(len(table))).all():
-            raise Refused(f"{source}: its rows do not fit the retrofit that its config.json names")
-        table[rows.to(table.device)] = values.to(table.device)
-        if f"{layer}.scale" in tensors:
-            scale.copy_(tensors[f"{layer}.scale"])
-
-
-def fingerprint(tensors):
-    """SHA-256 of {name: tensor}, to know a retrofit again."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def digest(value):
-    """SHA-256 of a value as JSON, to know data again."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def base_fingerprint(model):
-    """fingerprint of a pretrained model, in bfloat16, so that any --dtype gives the same."""
-    return fingerprint({name: p.bfloat16() for name, p in model.named_parameters()})
-
-
-ROOT = Path(__file__).resolve().parent
-
-
-def local(name):
-    """The path of that name, here or beside smf.py; None if there is none."""
-    return next((path.resolve() for path in (Path(name), ROOT / name) if path.exists()), None)
-
-
-def portable(name):
-    """A model's name for config.json: relative to this repository if within it, else absolute."""
-    path = local(name)
-    if path is None:
-        return name  # of the hub
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-def find(flag, name, kind):
-    """A "model" or "dataset" -> its directory, or its name on the hub; Refused if neither is."""
-    if not name:
-        raise Refused(f"{flag} is empty; name a directory, or a {kind} on the hub")
-    if local(name):
-        return str(local(name))
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, the libraries use their cache
-        try:
-            getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
-        except Exception as error:  # network, name, permission: the remedy is the same
-            raise Refused(f"{flag} {name}: no such directory, and not to be had from the hub "
-                          f"({error}); name a local directory, or use --preset tiny, "
-                          f"which needs no network") from None
+def find(name, kind):
+    """A "model" or "dataset": its directory, here or beside this file, else its name on the hub."""
+    for path in (Path(name), ROOT / name):
+        if name and path.exists():
+            return str(path.resolve())
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # the libraries' own attempts take minutes
+        getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
     return name
 
 
 def load_base(name, dtype="float32", device="cpu"):
-    """A pretrained model, frozen, and its tokenizer, from a directory or the hub: safetensors and
-    JSON, no code and no pickle of strangers."""
-    path, safe = find("--model", name, "model"), {"trust_remote_code": False}
+    """A pretrained model, frozen, and its tokenizer. Only safetensors are read, no code is run."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype),
-                                                     use_safetensors=True, **safe)
-        end, known = tokenizer.eos_token_id, model.get_input_embeddings().num_embeddings
-        if not tokenizer("Who?")["input_ids"] or end is None or end >= known:
-            raise ValueError("its tokenizer knows no word, or no end token that the model knows")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if out_of_memory(error):
-            raise
-        raise Refused(f"--model {name}: cannot be loaded ({error}); name a directory "
-                      f"or hub name of a Hugging Face causal language model") from None
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+        path = find(name, "model")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no end token")
+        return model.to(device).requires_grad_(False).eval(), tokenizer
+    except Exception as error:  # no network, no such name, a strange model: the remedy is the same
+        raise BadInput(f"--model {name}: cannot be loaded ({error}); name a directory or a hub "
+                       f"name of a causal language model, or use --preset tiny") from None
 
 
-# What each kind of run is when it is finished; base is the pretrained model as it came.
-WEIGHTS = {"retrofit": "memory.safetensors", "sparse": "memory.safetensors",
-           "lora": "lora.safetensors", "full": "model", "base": "config.json"}
-
-
-def read_config(run_dir):
-    """config.json of a run; Refused unless it has all that load needs."""
-    path = Path(run_dir, "config.json")
-    config = read_json(path)
-    needed = {"kind": str, "model": str, "dtype": str, "fingerprint": str}
-    needed |= {"retrofit": {"layers": list, "mode": str, "memory": dict},
-               "sparse": {"layers": list, "mode": str, "memory": dict, "retrofit": str,
-                          "retrofit_fingerprint": str},
-               "lora": {"lora_scale": float}}.get(config.get("kind"), {})
-    if config.get("kind") not in WEIGHTS:
-        raise Refused(f"{path}: is of no run of this project; name one")
-    for name, kind in needed.items():
-        if not isinstance(config.get(name), kind):
-            raise Refused(f"{path}: {name} is missing or wrong; make this run again")
-    return config
-
-
-def weights_path(run_dir):
-    """The file, or directory, that a run is finished with."""
-    return Path(run_dir, WEIGHTS[read_config(run_dir)["kind"]])
-
-
-def finished(run_dir):
-    """Whether a run is there and came to its end."""
-    return Path(run_dir, "config.json").exists() and weights_path(run_dir).exists()
+def base_name(name):
+    """How config.json names a model: by its path in this repository, else in full."""
+    path = Path(find(name, "model"))
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 @torch.no_grad()
-def merge_lora(model, tensors, scale, source):
-    """W + scale * B A for every projection of a base model; see baselines.LoRALinear."""
-    linears = {name: module for name, module in decoder_blocks(model).named_modules()
-               if isinstance(module, nn.Linear)}
-    r = next((len(tensor) for name, tensor in tensors.items() if name.endswith(".A")), 0)
-    own = {f"{name}.A": (r, linear.in_features) for name, linear in linears.items()}
-    own |= {f"{name}.B": (linear.out_features, r) for name, linear in linears.items()}
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != own:
-        raise Refused(f"{source}: its tensors do not fit the model of its config.json")
-    for name, linear in linears.items():
-        A, B = (tensors[f"{name}.{part}"].to(model.device) for part in "AB")  # (r, in), (out, r)
-        linear.weight += scale * B @ A  # (out, in)
+def apply_delta(model, delta):
+    """Put changed tensors into a model. NAME: all of it; NAME:rows and NAME:values: those rows of
+    it; NAME:A and NAME:B: W + B A, as of LoRA."""
+    own = model.state_dict()  # shares memory with the model
+    delta = {name: tensor.to(model.device) for name, tensor in delta.items()}
+    for key, tensor in delta.items():
+        name, _, part = key.partition(":")
+        if part == "A":
+            own[name] += delta[f"{name}:B"] @ tensor
+        elif part == "rows":
+            own[name][tensor] = delta[f"{name}:values"].view(len(tensor), -1)
+        elif part == "":
+            own[name].copy_(tensor.view(own[name].shape))
 
 
-def rebuild(run_dir, config, device):
-    """What load returns, of a run that nobody has tampered with."""
-    kind, path = config["kind"], Path(run_dir, WEIGHTS[config["kind"]])
-    if kind == "sparse":
-        start = Path(os.path.normpath(Path(run_dir, config["retrofit"])))
-        made = read_config(start) if finished(start) else {}
-        same = all(made.get(name) == ("retrofit" if name == "kind" else config[name])
-                   for name in ("kind", "layers", "mode", "memory"))
-        if not same or fingerprint(
-                read_tensors(start / WEIGHTS["retrofit"])) != config["retrofit_fingerprint"]:
-            raise Refused(f"{run_dir}: the retrofit {start} is missing or another than that which "
-                          f"this run started from; restore it, or make the run again")
-        model, tokenizer = load(start, device)
-        load_rows(model, read_tensors(path), path)
-        return model, tokenizer
-    full = kind == "full"
-    name = str(path.resolve()) if full else config["model"]
-    dtype = "float32" if kind in ("lora", "full") else config["dtype"]
-    model, tokenizer = load_base(name, dtype, device)
-    if not full and base_fingerprint(model) != config["fingerprint"]:
-        raise Refused(f"{run_dir}: {name} is not the model that this run was made of; restore "
-                      f"it, or make the run again")
-    if kind == "retrofit":
-        retrofit(model, config["layers"], config["mode"], **config["memory"])
-        load_memory(model, read_tensors(path), path)
-    if kind == "lora":
-        merge_lora(model, read_tensors(path), config["lora_scale"], path)
-    return model, tokenizer
+def finished(run):
+    return Path(run, "delta.safetensors").exists()
 
 
-def load(run_dir, device="cpu"):
-    """A finished run from its directory -> (model, tokenizer), ready for model.generate.
+def read_config(run):
+    try:
+        config = dict(json.loads(Path(run, "config.json").read_text()))
+        if "kind" in config:
+            script = {"retrofit": "train_retrofit", "sparse": "train_sparse"}.get(config["kind"])
+            raise ValueError(f"it is of the first version of this code; delete it and make it "
+                             f"again: python {script or 'baselines'}.py")
+        return config
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{run}: cannot be used as a run: {error}") from None
 
-    Needs the base model that config.json names and, for a sparse run, the retrofit. A base that was
-    trained, by full finetuning or merged LoRA, stays float32, as it was trained. Raises Refused if
-    anything is missing, another than it was, does not fit or is not finite.
-    """
-    config = read_config(run_dir)
-    if not finished(run_dir):
-        raise Refused(f"{run_dir}: is unfinished; end it first, by the same command with --resume")
-    with restoring(run_dir):
-        model, tokenizer = rebuild(run_dir, config, device)
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise Refused(f"{run_dir}: not all of its numbers are finite; make this run again")
+
+def load(run, device="cpu"):
+    """A run -> (model, tokenizer), ready for model.generate. Raises BadInput if the run is
+    unfinished or damaged, or if its parent is not what it was."""
+    run, config = Path(run), read_config(run)
+    try:
+        delta = load_file(run / "delta.safetensors")
+        if "parent" in config:
+            parent = Path(os.path.normpath(run / config["parent"]))
+            model, tokenizer = load(parent, device)
+            found = sha256((parent / "delta.safetensors").read_bytes())
+        else:
+            model, tokenizer = load_base(config["base"], config["dtype"], device)
+            found = weights_sha256(model)
+        if found != config["parent_sha256"]:
+            raise BadInput(f"{run}: its parent has changed; restore that, or make this run again")
+        if "memory" in config:
+            retrofit(model, **config["memory"])
+            assert memory_state(model).keys() <= delta.keys(), "part of a memory is missing"
+        apply_delta(model, delta)
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values()), "not finite"
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a damaged file leads to
+        raise BadInput(f"{run}: cannot be loaded ({error!r}); the command that made it finishes "
+                       f"it, or, after you delete it, makes it again") from error
     return model.requires_grad_(False), tokenizer
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. What the scripts share: flags and presets, runs, data, batches, the loss
-
-CLIP = 1.0  # norm to which the gradients of a step are clipped (ours)
-
-
-def above(least, kind=int):
-    """A type of argparse: a number greater than `least`, neither infinite nor absurd."""
-    def read(text):
-        value = kind(text)
-        if not least < value < 2**40:  # NaN is neither
-            raise ValueError
-        return value
-    read.__name__ = f"{kind.__name__} above {least}"  # argparse says: invalid ... value
-    return read
-
-
-natural, whole, positive = above(-1), above(0), above(0, float)
-
-
-# A preset is a column of this table and of those in the scripts. flag: (type or choices, tiny,
-# paper, help). paper: [Gupta26] unless marked ours. tiny: ours, measured there. Ours are, too, all
-# flags that change no figure: micro-batches, device, dtype of the base, checkpoints, directories.
-COMMON = {
-    "model": (str, "tiny/model", "Qwen/Qwen2.5-0.5B-Instruct", "directory or hub name"),
-    "max-length": (above(1), 128, 1024, "tokens of an example; what is over comes off the end of a "
-                                        "long reply, then off the beginning of the prompt"),
-    "batch-size": (whole, 16, 16, "examples of an optimizer step"),
-    "micro-batch-size": (whole, None, 4, "examples run at once (none: all of the batch); changes "
-                                         "only LoRA's dropout"),
-    "save-every": (whole, 100, 100, "steps between checkpoints"),
-    "seed": (natural, 0, 0, "of initialisation and batches"),
-    "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto", "auto: cuda, else mps, else cpu"),
-    "dtype": (("auto", "float32", "bfloat16"), "auto", "auto",
-              "of the frozen base; auto: bfloat16 on cuda. What is trained is float32"),
-    "out": (Path, None, None, "run directory; none: out/<preset>/<condition>-seed<seed>"),
-    "resume": (bool, False, False, "go on with a run that was cut short"),
-    "overwrite": (bool, False, False, "begin the run again"),
-}
-RUN_FILES = {*WEIGHTS.values(), "metrics.jsonl", "checkpoint.safetensors", "eval.json",
-             "eval-validation.json"}
-# Flags that make another method of a run, and what stands for them in its name.
-NAMED = {"optimizer": "", "top_t": "t", "retrofit": "from-", "task": "", "lr": "lr"}
-
-
-def parse(description, flags, argv=None, positional=None):
-    """The command line -> args with the preset's defaults; args.given: what the line itself has;
-    args.unusual: what of it differs from the preset."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line
-    parser.add_argument("--preset", choices=("tiny", "paper"), default="tiny",
-                        help="defaults for the embedded model, or of the papers (tiny)")
-    if positional:
-        parser.add_argument(positional, nargs="*", type=Path, default=[])
-    for name, (kind, tiny, paper, text) in flags.items():
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
-        how = {"action": "store_true"} if kind is bool else how
-        text += f" ({tiny})" if tiny == paper else f" ({tiny}; paper: {paper})"
-        parser.add_argument(f"--{name}", help=text, **how)
-    given = vars(parser.parse_args(argv))
-    column = 1 + (given["preset"] == "paper")
-    defaults = {name.replace("-", "_"): row[column] for name, row in flags.items()}
-    args = argparse.Namespace(**defaults | given, given=given)
-    args.unusual = {name: given[name] for name in given if given[name] != defaults.get(name)}
-    mps = torch.backends.mps.is_available()
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if args.device == "auto":
-        args.device = next(device for device in there if there[device])
-    if not there[args.device]:
-        parser.error(f"--device {args.device}: there is none here; leave the flag out")
-    if getattr(args, "dtype", None) == "auto":
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
-    return args
-
-
-def rank():
-    """Which process of how many this is, started by torchrun; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join(args):
-    """Meet the other processes of torchrun, if there are any. Only the first one speaks."""
-    place, world = rank()
-    if args.batch_size % world:
-        raise Refused(f"--batch-size {args.batch_size}: is no multiple of the {world} processes")
-    if world > 1:
-        cuda = args.device == "cuda"
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
-    if place > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-@contextmanager
-def first_alone():
-    """The first process runs this block, then, when it is done, the others."""
-    place, world = rank()
-    if place > 0:
-        torch.distributed.barrier()
-    yield
-    if place == 0 and world > 1:
-        torch.distributed.barrier()
-
-
-def total(tensor):
-    """Sum a tensor over the processes, in place; they all get it."""
-    if rank()[1] > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def script(main, several=False):
-    """Run a script; bad input ends it with one line on stderr and exit code 2.
-
-    several: whether it may run as several processes.
-    """
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    try:
-        if rank()[1] > 1 and not several:
-            raise Refused("torchrun: train_sparse.py alone runs as several processes")
-        main()
-        if rank()[1] > 1:  # or threads of the group, still running, may abort the process
-            torch.distributed.destroy_process_group()
-    except KeyboardInterrupt:
-        tqdm.write("stopped; a training run goes on where it was: the same command with --resume",
-                   file=sys.stderr)
-        sys.exit(130)
-    except (Refused, OSError, RuntimeError, MemoryError) as error:  # OSError: a full disk, say
-        if out_of_memory(error):
-            error = f"{error}; give a smaller --micro-batch-size, --max-length or --n-keys"
-        elif isinstance(error, RuntimeError):  # a bug
-            sys.stderr = sys.__stderr__  # of any process, see join
-            raise
-        line = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
-        # from any process, see join; print would run into a progress bar
-        tqdm.write(line, file=sys.__stderr__ if rank()[0] else sys.stderr)
-        sys.exit(2)
-
-
-def run_directory(args, condition):
-    """--out, or out/<preset>/<condition>-seed<k>, where the condition also names unusual flags:
-    additive-tfidf-t50-lr0.1-seed0. Refused where something would be lost."""
-    names = [f"-{prefix}{Path(str(args.unusual[name])).name}" for name, prefix in NAMED.items()
-             if name in args.unusual]
-    condition = "".join([condition, *names, f"-seed{args.seed}"])
-    run = args.out or Path("out", args.preset, condition)
-    used = run.exists() and (not run.is_dir() or any(f.suffix != ".tmp" for f in run.iterdir()))
-    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    if used and (config.get("kind") not in WEIGHTS or "arguments" not in config):
-        raise Refused(f"--out {run}: exists and is no run of this project; name another directory")
-    if args.resume and args.overwrite:
-        raise Refused("--resume: contradicts --overwrite; give one of them")
-    if used and not args.resume and not args.overwrite:
-        raise Refused(f"--out {run}: exists; --resume goes on with it, --overwrite begins it again")
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
-    if args.batch_size % args.micro_batch_size:
-        raise Refused(f"--micro-batch-size {args.micro_batch_size}: does not divide --batch-size "
-                      f"{args.batch_size}; give a divisor")
-    return run
-
-
-def begin_run(run, args, config):
-    """Write config.json, or check it against that of a resumed run -> step, checkpoint."""
-    passing = ("given", "unusual", "out", "resume", "overwrite", "device", "save_every",
-               "micro_batch_size")
-    arguments = {name: value for name, value in vars(args).items() if name not in passing}
-    config = json.loads(json.dumps(config | {"arguments": arguments}, default=str))
-    measures = ("arguments", "split", "eval_examples", "eval_tokens", "window", "stride",
-                "trivia_data", "wikitext_data", "untaught_data")  # they decide no weight
-    metrics, checkpoint = run / "metrics.jsonl", run / "checkpoint.safetensors"
-    step, tensors = 0, {}
-    if (args.resume or rank()[0] > 0) and (run / "config.json").exists():
-        old = read_json(run / "config.json")
-        with restoring(run):
-            old = old["arguments"] | old
-            if checkpoint.exists():
-                tensors = read_tensors(checkpoint)
-                step = int(tensors["step"])
-        for name, value in (config["arguments"] | config).items():
-            if name not in measures and old.get(name) != value:
-                raise Refused(f"--resume: {run} was made with another {name}; give the same one, "
-                              f"or delete {run}")
-    else:
+def start_run(run, config, args):
+    """Write config.json; of a run that is there, check that it is this one, to go on with it.
+    "flags", all arguments, are for the record and may differ."""
+    config = json.loads(json.dumps(config | {"flags": vars(args)}, default=str))
+    if RANK == 0 and (run / "config.json").exists():
+        old = read_config(run)
+        other = [name for name in config if name != "flags" and config[name] != old.get(name)]
+        if other:
+            raise BadInput(f"--out {run}: was made with another {', '.join(other)}; give the same, "
+                           f"name another directory, or delete this one")
+    elif RANK == 0:
+        if run.exists() and not (run.is_dir() and all(f.suffix == ".tmp" for f in run.iterdir())):
+            raise BadInput(f"--out {run}: is there and no run; name another directory")
         run.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES - {"config.json"}:  # that is replaced: the run stays a run
-            remove(run / name)
         write_json(run / "config.json", config)
-    if finished(run):  # but killed before it had dropped its checkpoint, perhaps
-        checkpoint.unlink(missing_ok=True)
-    elif rank()[0] == 0:  # drop the lines after the checkpoint
-        lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
-        write_atomic(metrics, lambda temporary: temporary.write_text("".join(lines)))
-    return step, tensors
 
 
-def save_checkpoint(run, step, tensors):
-    """The state after `step` steps; the lines of metrics.jsonl before it are on the disk first."""
-    if rank()[0] > 0:
-        return
-    sync(run / "metrics.jsonl")
-    write_tensors(run / "checkpoint.safetensors", tensors | {"step": torch.tensor(step)})
+def save_checkpoint(run, step, **state):
+    """All that the steps after the first `step` depend on."""
+    if RANK == 0:
+        write_atomic(run / "checkpoint.pt", lambda path: torch.save((step, state), path))
 
 
-def peak_memory(device):
-    """Peak memory of this process, GiB: on the GPU if the device is one, else in main memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "linux":  # where getrusage begins with the peak of the parent
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-    import resource  # not on Windows
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def log_step(run, metrics, batch, start, device):
-    """Add a step on a batch, begun at time `start`, to metrics.jsonl; print every tenth."""
-    if rank()[0] > 0:
-        return
-    tokens = sum(len(ids) for ids, _ in batch)
-    metrics |= {"tokens/s": round(tokens / (time.perf_counter() - start), 1),
-                "peak_GiB": round(peak_memory(device), 3)}
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    if metrics["step"] % 10 == 0:
-        tqdm.write("  ".join(f"{name} {value:.4g}" if type(value) is float else f"{name} {value}"
-                             for name, value in metrics.items()))
-
-
-def end_run(run, name, began, device):
-    """Drop the checkpoint of a run that is saved; say what it took."""
-    (run / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"{name}: {time.time() - began:.0f} s, peak memory {peak_memory(device):.2f} GiB, "
-          f"saved in {run}")
-
-
-def check_finite(loss, norm, step, save):
-    """Before a step's update: unless loss and gradient norm are finite, save(step) and Refused."""
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        save(step)
-        raise Refused(f"--lr: at step {step} the loss is {loss} and the gradient norm {norm}; the "
-                      f"state before it is saved. Begin again with a lower --lr and --overwrite")
-
-
-def adamw_state(optimizer, trained):
-    """{name: tensor} of the state of torch's AdamW for `trained`, {name: parameter}."""
-    return {f"optimizer.{name}.{part}": tensor for name, parameter in trained.items()
-            for part, tensor in optimizer.state[parameter].items()}
-
-
-def load_adamw(optimizer, trained, saved):
-    """Go on from an adamw_state; AdamW keeps its step count on the CPU."""
-    for name, parameter in trained.items():
-        if f"optimizer.{name}.step" in saved:  # not so where there never was a gradient
-            optimizer.state[parameter] = {
-                part: saved[f"optimizer.{name}.{part}"].to(device)
-                for part, device in (("step", "cpu"), ("exp_avg", parameter.device),
-                                     ("exp_avg_sq", parameter.device))}
-
-
-def from_datasets(function, flag, name, **options):
-    """function, of the library datasets, of a directory or a hub name[:configuration]."""
-    path, _, configuration = name.partition(":")
+def load_checkpoint(run):
+    """-> how many steps are done, and the state after them, {} if there is none."""
+    if not (run / "checkpoint.pt").exists():
+        return 0, {}
     try:
-        return function(find(flag, path, "dataset"), configuration or None, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise Refused(f"{flag} {name}: cannot be loaded ({error}); name a directory that "
-                      f"datasets.load_dataset can read, or use --preset tiny, which needs no "
-                      f"network") from None
+        step, state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:step]
+    except Exception as error:  # whatever a damaged file leads to
+        raise BadInput(f"{run}: its checkpoint is damaged ({error!r}); delete the run") from None
+    if RANK == 0:  # the steps after it will be repeated
+        write_atomic(run / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
+    return step, state
 
 
-def read_rows(flag, name, split, columns):
-    """A split of a data set, directory or hub name[:configuration]; Refused without columns."""
-    rows = from_datasets(datasets.load_dataset, flag, name, split=split)
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing or not len(rows):
-        raise Refused(f"{flag} {name}: split {split} has no " + (f"column {missing[0]}" if missing
-                      else "rows") + f" (columns: {', '.join(rows.column_names)}); see --help")
-    return rows
+def log(run, **metrics):
+    """Add a line to metrics.jsonl, before the update: what is not finite must ruin nothing."""
+    if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+        raise BadInput(f"--lr: loss or gradient is not finite, {metrics}; begin with a lower rate")
+    if RANK == 0:
+        with open(run / "metrics.jsonl", "a" if metrics["step"] else "w") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if metrics["step"] % 50 == 0:
+            tqdm.write(", ".join(f"{name} {value}" for name, value in metrics.items()))
 
+
+def finish_run(run, delta):
+    """Save what the run changed, {name: tensor}, and drop its checkpoint."""
+    if RANK == 0:
+        delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
+        write_atomic(run / "delta.safetensors", lambda path: save_file(delta, path))
+        (run / "checkpoint.pt").unlink(missing_ok=True)
+
+
+# 7. Examples, batches and the loss
 
 class Example(NamedTuple):
-    ids: list  # tokens of the prompt and the answer
-    start: int  # where the answer begins; the loss counts from there
+    ids: list  # tokens of prompt and answer
+    start: int  # where the answer begins: the loss counts from there
+
+
+def load_rows(flag, name, split, columns):
+    """A split of a data set, a directory or a hub name[:configuration], with these columns."""
+    path, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(find(path, "dataset"), configuration or None,
+                                     split=split).select_columns(list(columns))
+        assert len(rows), "it is empty"
+        return rows
+    except Exception as error:  # no network, no such name, a strange file: the remedy is the same
+        raise BadInput(f"{flag} {name}: split {split} cannot be read ({error}); name a data set "
+                       f"with these columns: {', '.join(columns)}") from None
 
 
 def prompt_ids(tokenizer, prompt):
-    """The tokens before an answer, one and the same in training, scoring and generation, and the
-    space that an answer begins with: none where the prompt itself ends in white space."""
-    chat, text = tokenizer.chat_template is not None, f"Question: {prompt}\nAnswer:"
-    if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                             add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template has its own
+    """The tokens before an answer, and the space, if any, that the answer begins with."""
+    if tokenizer.chat_template is None:
+        return tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"], " "
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                         add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has its own
     return ids, "" if text[-1].isspace() else " "
 
 
-def encode(tokenizer, prompt, answer, end=True):
-    """-> Example. end: whether the end token follows, as in training, or not, as in scoring."""
+def encode(tokenizer, prompt, answer, max_length, end=True):
+    """-> Example. end: add the end token, as in training. Too long, an answer loses its end down
+    to max_length / 2, then the prompt its beginning. So chat templates mostly stay whole."""
     prompt, space = prompt_ids(tokenizer, prompt)
     ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
-    if not answer.strip() or not ids:
-        raise Refused(f"the answer {answer!r} has no token to learn; remove it from the data")
-    return Example(prompt + ids + [tokenizer.eos_token_id] * end, len(prompt))
-
-
-def fit(example, length):
-    """At most `length` tokens of an Example: an answer longer than half of that loses its end (to
-    spare the chat template before it, whose rows TF-IDF must see in nearly every background
-    example), then the prompt its beginning."""
-    ids, start = example
-    answer = ids[start:start + max(length - start, length // 2)]
-    prompt = ids[:start][-(length - len(answer)):]
-    return Example(prompt + answer, len(prompt))
-
-
-def context(model):
-    """How many tokens the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-
-
-def encode_all(model, tokenizer, pairs, max_length):
-    """[(prompt, answer)] -> Examples to train on, of at most max_length tokens; says how many are
-    cut."""
-    length = min(max_length, context(model))
-    examples = [encode(tokenizer, *pair) for pair in tqdm(pairs, desc="tokenize", leave=False)]
-    long = sum(len(ids) > length for ids, _ in examples)
-    if long:
-        print(f"{long} of {len(examples)} examples are longer than {length} tokens: long answers "
-              f"lose their end, long prompts their beginning (--max-length)")
-    return [fit(example, length) for example in examples]
+    ids = (ids + [tokenizer.eos_token_id] * end)[:max(max_length - len(prompt), max_length // 2)]
+    prompt = prompt[-(max_length - len(ids)):]
+    return Example(prompt + ids, len(prompt))
 
 
 def collate(examples, device="cpu", length=0):
     """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (P,), targets (B, P).
-
-    length: T is at least this.
-    columns: positions where some example predicts a target; only there are logits needed.
-    targets: the token to be predicted there, -100 for none.
-    """
+    columns: the positions where any example predicts a target; only there are logits computed.
+    targets: the token predicted there, -100 for none. T is at least `length`."""
     T = max(length, *(len(example.ids) for example in examples))
-    input_ids = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T) pads are masked: any id
+    input_ids = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T)
     mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)  # (B, T) both
     for b, (ids, start) in enumerate(examples):
         input_ids[b, :len(ids)], mask[b, :len(ids)] = torch.tensor(ids), 1
@@ -1038,86 +550,91 @@ def collate(examples, device="cpu", length=0):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def token_loss(model, batch, cache=None):
-    """-log p of every target of a collated batch -> (B, P), 0 where there is none.
-
-    cache: the past_key_values of what comes before, if the batch goes on from there.
-    """
-    past = cache.get_seq_length() if cache else 0
-    logits = model(batch["input_ids"], past_key_values=cache, use_cache=cache is not None,
-                   attention_mask=F.pad(batch["attention_mask"], (past, 0), value=1),
+def token_loss(model, batch):
+    """-log p of every target of a collated batch -> (B, P), 0 where there is none."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
                    logits_to_keep=batch["columns"]).logits  # (B, P, vocabulary)
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
                            ignore_index=-100, reduction="none")  # (B * P,)
     return loss.view_as(batch["targets"])  # (B, P)
 
 
-def backward(model, batch, micro_batch_size):
-    """Gradients of the mean loss of a batch, a list of Examples -> the loss, the attention masks.
+def backward(model, examples, micro_batch_size):
+    """Gradients of the mean loss of a batch -> the loss; and {memory: x (S, D), rows (S, H, K),
+    weights (S, H, K), dL/dy (S, D)} of all real tokens of the batch.
 
-    The mean is over the target tokens of the whole batch, so micro-batches change nothing. Each
-    process runs its share of the batch: its gradients are to be summed.
-    """
-    targets = sum(len(ids) - start for ids, start in batch)
-    length = max(len(ids) for ids, _ in batch)  # one T for all: the same sums, to the last bit
-    place, world = rank()
-    share, loss, masks = batch[place::world], torch.zeros(1, device=model.device), []
+    The mean is over the target tokens of the whole batch, so micro-batches change nothing. Of
+    several processes each runs its share: loss, counts and gradients are to be summed."""
+    targets = sum(len(ids) - start for ids, start in examples)
+    length = max(len(ids) for ids, _ in examples)  # one T for all: the same sums, to the last bit
+    share, loss = examples[RANK::WORLD_SIZE], torch.zeros(1, device=model.device)  # (1,)
+    reads = {name: [] for name in memories(model)}
     for i in range(0, len(share), micro_batch_size):
-        micro = collate(share[i:i + micro_batch_size], model.device, length)
-        micro_loss = token_loss(model, micro).sum() / targets
-        micro_loss.backward()
-        loss += micro_loss.detach()
-        masks.append(micro["attention_mask"])
-    return total(loss).item(), masks
+        batch = collate(share[i:i + micro_batch_size], model.device, length)
+        part = token_loss(model, batch).sum() / targets
+        part.backward()
+        loss += part.detach()
+        real = batch["attention_mask"].bool()  # (B, T)
+        for name, memory in memories(model).items():
+            reads[name].append([tensor[real] for tensor in memory.collect()])
+    reads = {name: [torch.cat(part) for part in zip(*parts)] for name, parts in reads.items()}
+    return loss, reads
 
 
-def batch_stream(examples, batch_size, seed, start=0):
-    """Batches without end from step `start` on, a pure function of its arguments.
-
-    Every epoch is shuffled; in pools of 8 batches, similar lengths go together (fewer pads).
-    """
-    per_epoch = len(examples) // batch_size  # a remainder waits for another epoch
-    for epoch in itertools.count(start // per_epoch):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order = torch.randperm(len(examples), generator=generator)[:per_epoch * batch_size]
-        pools = [sorted(pool.tolist(), key=lambda i: len(examples[i].ids))
-                 for pool in order.split(8 * batch_size)]
-        order = list(itertools.chain(*pools))
-        shuffled = torch.randperm(per_epoch, generator=generator).tolist()
-        for i in shuffled[start % per_epoch if epoch == start // per_epoch else 0:]:
-            yield [examples[j] for j in order[i * batch_size:(i + 1) * batch_size]]
+def batches(examples, batch_size, seed, done, steps):
+    """(step, batch) for each step from `done` to `steps`: a pure function of its arguments.
+    Each epoch is shuffled. Within 8 batches, examples of similar length go together."""
+    per_epoch = len(examples) // batch_size
+    for step in tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == done:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order = torch.randperm(len(examples), generator=generator)[:per_epoch * batch_size]
+            order = [j for pool in order.split(8 * batch_size)
+                     for j in sorted(pool.tolist(), key=lambda j: len(examples[j].ids))]
+            shuffled = torch.randperm(per_epoch, generator=generator).tolist()
+        first = shuffled[i] * batch_size
+        yield step, [examples[j] for j in order[first:first + batch_size]]
 
 
 def learning_rate(step, steps, warmup):
-    """Factor of the learning rate: a linear warm-up times a cosine to 0 [Gupta26 App. A].
-
-    # differs: the cosine falls from step 0 on; in transformers, from the end of the warm-up on.
-    """
+    """Factor of the learning rate: linear warm-up times a cosine to 0 [Gupta26 appendix A]."""
     return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def training(examples, steps, done, save, args, label):
-    """Every step of a training loop after the first `done`: yields step, batch, factor of the rate.
+# 8. The command line
 
-    When the loop comes back, save(steps done) is called each --save-every steps, and at Ctrl-C or
-    SIGTERM, which end the script then; a second one ends it at once.
-    """
-    asked = []
+def parse(parser, presets, argv=None):
+    """parser.parse_args(argv), with presets[--preset], {flag: value}, as the defaults."""
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # no usage
+    parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults")
+    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "steps", "warmup", "query_momentum") else 1e-30
+        if type(value) in (int, float) and not least <= value < 2**40:  # NaN is not, either
+            parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    if args.batch_size % args.micro_batch_size or args.batch_size % WORLD_SIZE:
+        parser.error(f"--batch-size {args.batch_size}: give a multiple of --micro-batch-size and "
+                     f"of the number of processes, {WORLD_SIZE}")
+    return args
 
-    def ask(*_):
-        asked.append(True)
-        if len(asked) > 1 or rank()[1] > 1:  # several processes would stop at different steps
-            raise KeyboardInterrupt
 
-    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+def script(main):
+    """Run main(); bad input ends it with one line and exit code 2, like argparse's own errors."""
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
+    datasets.disable_progress_bars()
+    began = time.perf_counter()
     try:
-        bar = tqdm(range(done, steps), desc=label, initial=done, total=steps)
-        for step, batch in zip(bar, batch_stream(examples, args.batch_size, args.seed, done)):
-            yield step, batch, learning_rate(step, steps, args.warmup)
-            if asked or (step + 1) % args.save_every == 0:
-                save(step + 1)
-            if asked:
-                raise KeyboardInterrupt
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        main()
+        peak = (torch.cuda.max_memory_allocated() / 2**30 if DEVICES[0] == "cuda" else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # from KiB, on Linux
+        print(f"in all {time.perf_counter() - began:.0f} s, peak memory {peak:.2f} GiB")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
+    except Exception as error:
+        if not isinstance(error, (BadInput, OSError, MemoryError)) and "alloc" not in str(error):
+            raise  # a bug; the others are bad input, a full disk, no memory
+        print(f"{Path(sys.argv[0]).name}:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -1,206 +1,183 @@
-"""Stage 1: give a pretrained model memories, train them on general chats, count what those read.
+"""Stage 1: add memories to a pretrained model, train them on general chats, count what those read.
 
     python train_retrofit.py                      # the embedded tiny model
-    python train_retrofit.py --steps 0            # "fresh": no training, background statistics only
-    python train_retrofit.py --mode replacement
+    python train_retrofit.py --steps 0 --out out/tiny/fresh-seed0   # only the background is counted
+    python train_retrofit.py --mode replacement --out out/tiny/replacement-seed0
     python train_retrofit.py --preset paper       # Qwen2.5-0.5B-Instruct and OpenAssistant (hub)
-
-Everything but the memories stays frozen [Gupta26 §3.3]. The run is memory.safetensors, with the
-background statistics in it, config.json, and metrics.jsonl, a line per step.
 """
 
 import argparse
+import json
 import math
-import re
-import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import smf
-from smf import natural, positive, whole
 
-
-def layer_list(text):
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text}: give layers as in 6,12,18")
-    return sorted(int(part) for part in text.split(","))
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to 1")
-    return value
-
-
-MEMORY = {  # columns as in smf.COMMON
-    "mode": (("additive", "replacement"), "additive", "additive", "MLP + alpha Mem, or Mem"),
-    "layers": (layer_list, None, None, "such as 6,12,18; none: at 1/4, 1/2, 3/4 of the depth"),
-    "n-keys": (whole, 128, 128, "n: sub-keys per half; the memory has n * n rows"),
-    "heads": (whole, 4, 4, "H"),
-    "k-dim": (whole, 32, 256, "width of a head's query"),
-    "top-k": (whole, 8, 16, "K: rows a head reads (16: ours)"),
-    "scale": (positive, 1.0, 1.0, "alpha before stage 1 (ours, see README; [Gupta26]: 0.01)"),
-    "oasst-data": (str, "tiny/oasst1", "OpenAssistant/oasst1", "general chats"),
-    "background": (whole, 1000, 2000, "examples for the background statistics, at most"),
+PRESETS = {
+    "tiny": dict(model="tiny/model", max_length=128, k_dim=32, top_k=8, oasst_data="tiny/oasst1",
+                 background=1000, examples=1600, epochs=2, lr=2e-3, warmup=20, save_every=100),
+    # Ours: 70 steps, since more of them spoil stage 2 (results/README.md). [Gupta26]: 6,250.
+    "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024, micro_batch_size=4,
+                  k_dim=256, top_k=16, oasst_data="OpenAssistant/oasst1", background=2000,
+                  examples=1120, epochs=1, lr=5e-4, warmup=10, save_every=20),
 }
-FLAGS = smf.COMMON | MEMORY | {
-    # paper: ours. 70 steps as measured, since more of them spoil stage 2 (README, Stage 1);
-    # [Gupta26]: 50000, twice, 100 steps of warm-up.
-    "examples": (whole, 1600, 1120, "assistant replies to train on, at most"),
-    "epochs": (whole, 2, 1, "times that each is seen"),
-    "steps": (natural, None, None, "steps instead of epochs; 0: a fresh memory"),
-    "lr": (positive, 2e-3, 5e-4, "learning rate of V, keys, query, W1, W2"),
-    "scale-lr": (positive, 1e-2, 1e-2, "learning rate of alpha (ours: at --lr it hardly moves)"),
-    "warmup": (natural, 20, 10, "steps of linear warm-up"),
-    "query-momentum": (fraction, 0.1, 0.1, "pace of the statistics that normalise the query "
-                                           "(ours); 0: it is not normalised"),
-}
+DECISIVE = ("seed", "batch_size", "lr", "alpha_lr", "warmup", "query_momentum", "background")
 HELD_OUT = 128  # chats kept from training, for the held-out loss
-COLLAPSED = 3.0  # nats from uniform: no more than exp(-3) = 5 % of the rows are in effective use
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="pretrained model: a directory or a hub name")
+    add("--max-length", type=int, help="tokens of an example at most")
+    add("--batch-size", type=int, default=16, help="examples of an optimizer step")
+    add("--micro-batch-size", type=int, help="examples run at once (all)")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--seed", type=int, default=0, help="of initialisation and batches")
+    add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
+    add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (bfloat16 on a GPU)",
+        default="bfloat16" if smf.DEVICES[0] == "cuda" else "float32")
+    add("--out", type=Path, help="directory of the run (out/PRESET/retrofit-seedSEED)")
+    add("--mode", choices=["additive", "replacement"], default="additive",
+        help="the MLP and the memory, or the memory instead of the MLP")
+    add("--layers", type=int, nargs="+", help="blocks that get a memory (at 1/4, 1/2, 3/4)")
+    add("--n-keys", type=int, default=128, help="sub-keys per half; n_keys**2 rows")
+    add("--heads", type=int, default=4)
+    add("--k-dim", type=int, help="width of a head's query")
+    add("--top-k", type=int, help="rows that a head reads")
+    add("--alpha", type=float, default=1.0, help="factor of the memory at the start")
+    add("--oasst-data", help="general chats, in the layout of OpenAssistant")
+    add("--background", type=int, help="examples for the background statistics")
+    add("--examples", type=int, help="replies to train on")
+    add("--epochs", type=int, help="times that each is seen")
+    add("--steps", type=int, help="steps, instead of epochs; 0: a fresh memory")
+    add("--lr", type=float, help="learning rate of the memories")
+    add("--alpha-lr", type=float, default=1e-2, help="learning rate of alpha")
+    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--query-momentum", type=float, default=0.1, help="pace of the statistics that normalise "
+        "the queries; 0: they are not normalised")
+    return smf.parse(parser, PRESETS, argv)
 
 
 def general_chats(args):
-    """(prompt, reply) of every assistant message whose parent is there, in a fixed order; empty
-    ones are left out."""
+    """(prompt, reply) of every assistant message whose parent is there, in a fixed order."""
     columns = ("message_id", "parent_id", "text", "role")
-    rows = smf.read_rows("--oasst-data", args.oasst_data, "train", columns).shuffle(seed=0)
-    texts = {number: text for number, text in zip(rows["message_id"], rows["text"])
-             if isinstance(text, str) and text.strip()}
-    chats = [(texts[row["parent_id"]], texts[row["message_id"]]) for row in rows
-             if row["role"] == "assistant" and row["parent_id"] in texts
-             and row["message_id"] in texts]
-    if len(chats) < HELD_OUT + args.batch_size:
-        raise smf.Refused(f"--oasst-data {args.oasst_data}: {len(chats)} replies with prompts; at "
-                          f"least {HELD_OUT} + --batch-size {args.batch_size} are needed")
-    return chats
+    rows = smf.load_rows("--oasst-data", args.oasst_data, "train", columns).shuffle(seed=0)
+    texts = {row["message_id"]: row["text"] for row in rows if row["text"] and row["text"].strip()}
+    return [(texts[row["parent_id"]], texts[row["message_id"]]) for row in rows
+            if row["role"] == "assistant" and row["parent_id"] in texts
+            and row["message_id"] in texts]
 
 
-def add_memories(model, args):
-    """Retrofit the model as the flags say -> the layers, the shape of a memory."""
-    shape = {"n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim, "top_k": args.top_k}
-    depth = len(smf.decoder_blocks(model))
-    layers = args.layers or [depth // 4, depth // 2, 3 * depth // 4]  # [Gupta26]: 6, 12, 18 of 24
-    torch.manual_seed(args.seed)
-    smf.retrofit(model, layers, args.mode, args.scale, **shape)
-    return layers, shape
-
-
-def micro_batches(examples, args, label):
-    """Collated batches of --micro-batch-size examples, under a progress bar."""
-    for i in tqdm(range(0, len(examples), args.micro_batch_size), desc=label, leave=False):
+def collated(examples, args, label):
+    """Collated batches of --micro-batch-size examples, with a progress bar."""
+    for i in tqdm(range(0, len(examples), args.micro_batch_size), label, leave=False):
         yield smf.collate(examples[i:i + args.micro_batch_size], args.device)
 
 
-def calibrate(model, batches):
-    """Set the query's running statistics from a few batches, before training."""
-    batches = list(batches)
-    passes = [smf.read_only(model, batch) for batch in batches]
-    masks = [batch["attention_mask"] for batch in batches]
-    for layer, memory in smf.memories(model).items():
-        x, *_ = smf.real_tokens([tapes[layer][0] for tapes in passes], masks)
-        memory.track_queries(x, momentum=1.0)
+def set_query_statistics(model, batches):
+    """Start the mean and variance of the queries from a few batches."""
+    inputs = {name: [] for name in smf.memories(model)}
+    for batch in batches:
+        for name, (x, _, _, _) in smf.read_only(model, batch).items():  # (B, T, D)
+            inputs[name].append(x[batch["attention_mask"].bool()])
+    for name, memory in smf.memories(model).items():
+        memory.track_queries(torch.cat(inputs[name]), momentum=1.0)
 
 
 def spread(counts):
-    """How evenly a memory is read, counts (N,) -> (usage, KL) [Lample19 §4].
-
-    usage: share of rows ever read. KL: of the reads from uniform, nats; 0 even, log N one row.
-    """
+    """How evenly a memory is read, counts (N,) -> usage, the share of rows ever read, and the KL
+    divergence of the reads from uniform, nats: 0 if even, log N if all go to one row."""
     p = counts.double() / counts.sum()  # (N,)
     return (counts > 0).double().mean().item(), math.log(len(p)) + torch.xlogy(p, p).sum().item()
 
 
 @torch.no_grad()
-def measure(model, general, held_out, when, args):
-    """Collect the background; print how evenly it reads each memory, and the held-out loss.
-
-    Warns of a memory that has collapsed to a few rows [Lample19 §4].
-    """
-    smf.collect_background(model, micro_batches(general, args, "background"))
-    for layer, memory in smf.memories(model).items():
+def measure(model, general, held_out, args):
+    """Collect the background; print how evenly it reads each memory, and the held-out loss."""
+    smf.collect_background(model, collated(general, args, "background"))
+    for name, memory in smf.memories(model).items():
         usage, kl = spread(memory.background_counts)
-        print(f"{when}: layer {layer}: usage {usage:.1%} of {len(memory.values)} rows, "
-              f"KL of the reads from uniform {kl:.2f} nats")
-        if kl > COLLAPSED:
-            print(f"WARNING: the memory of layer {layer} has collapsed to a few rows; SMF has "
-                  f"little to choose from. Lower --lr or --steps, or try --steps 0")
+        print(f"{name}: usage {usage:.1%} of {len(memory.values)} rows, "
+              f"KL from uniform {kl:.2f} nats")
+        if kl > 3:  # no more than exp(-3) = 5 % of the rows are in effective use
+            print("WARNING: this memory has collapsed to a few rows; lower --lr or --steps")
     losses = [smf.token_loss(model, batch)[batch["targets"] != -100]
-              for batch in micro_batches(held_out, args, "held-out loss")]
-    print(f"{when}: held-out loss {torch.cat(losses).mean().item():.4f}")
+              for batch in collated(held_out, args, "held-out loss")]
+    print(f"held-out loss {torch.cat(losses).mean().item():.4f}")
 
 
-def train(model, examples, steps, run, done, checkpoint, args):
-    """AdamW on everything in the memories, alpha at its own rate; goes on from a checkpoint."""
-    trained = {f"{layer}.{name}": parameter for layer, wrapper in smf.wrappers(model).items()
-               for name, parameter in wrapper.named_parameters() if not name.startswith("mlp.")}
-    scales = [parameter for parameter in trained.values() if parameter.dim() == 0]
-    tables = [parameter for parameter in trained.values() if parameter.dim() > 0]
-    optimizer = torch.optim.AdamW([{"params": tables, "initial_lr": args.lr},
-                                   {"params": scales, "initial_lr": args.scale_lr}],
-                                  eps=1e-12, weight_decay=0.0)  # eps: see smf.RowOptimizer
-    if checkpoint:
-        with smf.restoring(run):
-            smf.load_memory(model, checkpoint, run / "checkpoint.safetensors")
-            smf.load_adamw(optimizer, trained, checkpoint)
+def train(model, examples, steps, run, args):
+    """AdamW on all that the retrofit added; alpha has a learning rate of its own."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    alphas = [p for p in trained if p.dim() == 0]
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() > 0]},
+                                   {"params": alphas}], eps=1e-12, weight_decay=0.0)
+    done, state = smf.load_checkpoint(run)
+    if state:
+        smf.apply_delta(model, state["memory"])
+        optimizer.load_state_dict(state["optimizer"])
 
-    def save(step):
-        state = smf.adamw_state(optimizer, trained) | smf.memory_state(model)
-        smf.save_checkpoint(run, step, state)
+    for step, batch in smf.batches(examples, args.batch_size, args.seed, done, steps):
+        loss, reads = smf.backward(model, batch, args.micro_batch_size)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+        factor = smf.learning_rate(step, steps, args.warmup)
+        for group, lr in zip(optimizer.param_groups, (args.lr, args.alpha_lr)):
+            group["lr"] = factor * lr
+        usage, kl = zip(*(spread(smf.count_reads(rows, args.n_keys**2))
+                          for _, rows, _, _ in reads.values()))
+        smf.log(run, step=step, loss=loss.item(), lr=factor * args.lr, grad_norm=norm,
+                alpha=[alpha.item() for alpha in alphas], usage=usage, KL=kl)
 
-    for step, batch, factor in smf.training(examples, steps, done, save, args, "stage 1"):
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["initial_lr"]
-        with smf.record_reads(model) as tapes:
-            loss, masks = smf.backward(model, batch, args.micro_batch_size)
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), smf.CLIP).item()
-        smf.check_finite(loss, norm, step, save)
         optimizer.step()
         optimizer.zero_grad()
-        reads = []  # (usage, KL) of each layer
-        for layer, memory in smf.memories(model).items():
-            x, rows, *_ = smf.real_tokens(tapes[layer], masks)
-            memory.track_queries(x, args.query_momentum)
-            reads.append(spread(smf.count_reads(rows, len(memory.values))))
-        usage, kl = ([round(value, 4) for value in part] for part in zip(*reads))
-        smf.log_step(run, {"step": step, "loss": loss, "lr": factor * args.lr, "grad_norm": norm,
-                           "alpha": [round(scale.item(), 4) for scale in scales], "usage": usage,
-                           "KL": kl}, batch, start, args.device)
+        for name, memory in smf.memories(model).items():
+            memory.track_queries(reads[name][0], args.query_momentum)
+        if (step + 1) % args.save_every == 0:
+            smf.save_checkpoint(run, step + 1, memory=smf.memory_state(model),
+                                optimizer=optimizer.state_dict())
 
 
 def main(argv=None):
-    args = smf.parse(__doc__, FLAGS, argv)
-    run = smf.run_directory(args, f"{args.mode}-{'fresh' if args.steps == 0 else 'retrofit'}")
+    args = parse(argv)
+    if smf.WORLD_SIZE > 1:
+        raise smf.BadInput("torchrun: run train_retrofit.py without it, in one process")
+    run = args.out or Path("out", args.preset, f"retrofit-seed{args.seed}")
     model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
-    base = smf.base_fingerprint(model)
-    layers, shape = add_memories(model, args)
+    base = smf.weights_sha256(model)
+    depth = len(smf.decoder_blocks(model))
+    memory = {"layers": args.layers or [depth // 4, depth // 2, 3 * depth // 4], "mode": args.mode,
+              "alpha": args.alpha, "n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim,
+              "top_k": args.top_k}
+    torch.manual_seed(args.seed)
+    smf.retrofit(model, **memory)
+
     chats = general_chats(args)[:HELD_OUT + max(args.examples, args.background)]
-    examples = smf.encode_all(model, tokenizer, chats, args.max_length)
+    examples = [smf.encode(tokenizer, *chat, args.max_length) for chat in tqdm(chats, "tokenize")]
     held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
     general, examples = examples[:args.background], examples[:args.examples]
     if len(examples) < args.batch_size:
-        raise smf.Refused(f"--examples {args.examples}: fewer than --batch-size {args.batch_size}")
+        raise smf.BadInput(f"--oasst-data, --examples: {len(examples)} are left to train on")
     steps = args.steps
     if steps is None:
         steps = args.epochs * (len(examples) // args.batch_size)
-    done, checkpoint = smf.begin_run(run, args, {
-        "kind": "retrofit", "model": smf.portable(args.model), "dtype": args.dtype,
-        "fingerprint": base, "training_data": smf.digest(examples), "layers": layers,
-        "mode": args.mode, "memory": shape})
+
+    config = {"base": smf.base_name(args.model), "parent_sha256": base, "dtype": args.dtype,
+              "memory": memory, "data": smf.sha256(json.dumps([general, examples]).encode()),
+              "steps": steps} | {name: vars(args)[name] for name in DECISIVE}
+    smf.start_run(run, config, args)
     if smf.finished(run):
         return print(f"stage 1: {run} is finished already")
-    print(f"stage 1: {args.mode}, layers {layers}, {steps} steps, {len(examples)} chats -> {run}")
-    began = time.time()
-    if done == 0 and args.query_momentum:
-        calibrate(model, micro_batches(general[:64], args, "calibrate"))
-    if steps and done == 0:
-        measure(model, general, held_out, "before", args)
-    train(model, examples, steps, run, done, checkpoint, args)
-    measure(model, general, held_out, "after", args)
-    smf.write_tensors(run / "memory.safetensors", smf.memory_state(model))
-    smf.end_run(run, "stage 1", began, args.device)
+    print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")
+    if args.query_momentum and not (run / "checkpoint.pt").exists():
+        set_query_statistics(model, collated(general[:64], args, "queries"))
+    train(model, examples, steps, run, args)
+    measure(model, general, held_out, args)
+    smf.finish_run(run, smf.memory_state(model))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,224 @@
+"""What training steps, inference and files cost, on a model of a real shape with random weights.
+
+    python results/cost.py                        # Qwen2.5-0.5B's shape: 40 minutes on two cores
+    python results/cost.py --model tiny/model --max-length 32 --rounds 2     # a try, a minute
+    python results/cost.py --to results/qwen2.5-0.5b/cost.md
+
+Steps are raced in pairs: each training loop runs in a process of its own, and the two take turns
+step by step, so that both see the same machine. Ratios are of medians. With peft installed, its
+LoRA is raced, too.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import baselines  # noqa: E402
+import eval as evaluation  # noqa: E402
+import smf  # noqa: E402
+import train_retrofit  # noqa: E402
+import train_sparse  # noqa: E402
+
+QWEN = dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+RACES = [("SMF", "full"), ("SMF", "LoRA"), ("SMF", "stage 1"), ("stage 1", "plain AdamW loop"),
+         ("SMF", "SMF, whole batches"), ("SMF, one memory, N = 1,048,576", "SMF, one memory")]
+RACES += [("SMF", "peft's LoRA")] * bool(importlib.util.find_spec("peft"))
+
+
+class Turns(list):
+    """Examples, of which every step asks for all, twice (to sort them, to take them). When a step
+    begins, the loop waits here for its turn, and the time of the step before is noted."""
+
+    def __init__(self, examples, mine, other, device):
+        super().__init__(examples)
+        self.mine, self.other, self.device, self.asked, self.seconds = mine, other, device, 0, []
+
+    def __getitem__(self, i):
+        if self.asked % (2 * len(self)) == 0:
+            if self.asked:
+                self.end_step()
+            self.mine.acquire()
+            self.began = time.perf_counter()
+        self.asked += 1
+        return super().__getitem__(i)
+
+    def end_step(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        self.other.release()
+
+
+def random_model(config, device):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def add_memories(model, layers=None, n_keys=128, mode="additive"):
+    depth = len(smf.decoder_blocks(model))
+    layers = layers or [depth // 4, depth // 2, 3 * depth // 4]
+    smf.retrofit(model, layers, mode, 1.0, n_keys=n_keys)
+
+
+def plain_loop(model, examples, steps, args):
+    """Stage 1 without its bookkeeping."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    for _, batch in smf.batches(examples, args.batch_size, 0, 0, steps):
+        for i in range(0, len(batch), args.micro_batch_size):
+            part = smf.collate(batch[i:i + args.micro_batch_size], args.device)
+            smf.token_loss(model, part).mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peak_memory(device):
+    """GiB: of the tensors on a GPU, else of this process, as Linux tells it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def train(name, config, args, mine, other, results):
+    """A runner of a race: the loop of `name` on one batch. Puts into `results` the seconds of a
+    step and the GiB of peak memory beyond the base model, and beyond that without value tables."""
+    sys.stdout = open(os.devnull, "w")
+    device, run = args.device, Path(tempfile.mkdtemp())
+    model = random_model(config, device)
+    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else peak_memory(device)
+    middle = config.num_hidden_layers // 2
+    flags = ["--device", device, "--batch-size", str(args.batch_size), "--micro-batch-size",
+             str(args.batch_size if "whole" in name else args.micro_batch_size)]
+    start = 1 if name in ("stage 1", "plain AdamW loop") else args.max_length - 16
+    ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
+    examples = Turns([smf.Example(row, start) for row in ids], mine, other, device)
+    steps = args.rounds + 1  # the first to warm up
+    if name in ("full", "LoRA", "peft's LoRA"):
+        own = baselines.parse([*flags, "--method", "full" if name == "full" else "lora"])
+        if name == "full":
+            model.requires_grad_(True)
+        elif name == "LoRA":
+            baselines.add_lora(model)
+        else:
+            import peft
+            peft.inject_adapter_in_model(peft.LoraConfig(
+                r=baselines.RANK, lora_alpha=baselines.ALPHA, lora_dropout=baselines.DROPOUT,
+                target_modules="all-linear"), model)
+        baselines.train(model, examples, steps, run, own)
+    else:
+        one = [middle] if "one memory" in name else None
+        add_memories(model, one, 1024 if "1,048,576" in name else 128)
+        if name == "stage 1":
+            train_retrofit.train(model, examples, steps, run, train_retrofit.parse(flags))
+        elif name == "plain AdamW loop":
+            plain_loop(model, examples, steps, train_retrofit.parse(flags))
+        else:
+            train_sparse.train(model.requires_grad_(False), examples, steps, run,
+                               train_sparse.parse(flags))
+    examples.end_step()
+    tables = sum(memory.values.nbytes for memory in smf.memories(model).values()) / 2**30
+    peak = peak_memory(device) - before
+    results.put((name, median(examples.seconds[1:]), peak, peak - tables))
+
+
+def race(pair, config, args):
+    """-> {column: "own / other = ratio"} of the two."""
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of the runners
+    context = multiprocessing.get_context("spawn")
+    turns, results = [context.Semaphore(1), context.Semaphore(0)], context.SimpleQueue()
+    runners = [context.Process(target=train, args=(name, config, args, turns[i], turns[1 - i],
+                                                   results)) for i, name in enumerate(pair)]
+    for runner in runners:
+        runner.start()
+    while any(runner.is_alive() for runner in runners):
+        if any(runner.exitcode for runner in runners):  # 0 or None while all is well
+            for runner in runners:
+                runner.terminate()
+            raise smf.BadInput(f"{' or '.join(pair)} ended early, as when memory runs out; give a "
+                               f"smaller --batch-size or --max-length")
+        time.sleep(0.2)
+    found = {name: rest for name, *rest in (results.get() for _ in pair)}
+    columns = ("s/step", "GiB beyond the base", "and beyond V")
+    return {column: f"{own:.3g} / {other:.3g} = {own / other:.2f}"
+            for column, own, other in zip(columns, *(found[name] for name in pair))}
+
+
+@torch.no_grad()
+def inference(config, args, prompt=128, new=8):
+    """{model: {column: text}}: speed of a prompt of 128 tokens and of decoding, one sequence, the
+    models in turn, medians; and the file that each is stored in, written to disk and read back."""
+    names = ("base", "base again", "additive", "replacement", "LoRA")
+    models = {name: random_model(config, args.device) for name in names}
+    for mode in ("additive", "replacement"):
+        add_memories(models[mode], mode=mode)
+    baselines.add_lora(models["LoRA"])
+    stored = {"base": models["base"].state_dict(), "additive": smf.memory_state(models["additive"]),
+              "LoRA": {name: p for name, p in models["LoRA"].named_parameters() if p.requires_grad}}
+    ids = torch.randint(config.vocab_size, (1, prompt), device=args.device)  # (1, prompt)
+    work = {"prefill": lambda model: model(ids, logits_to_keep=1).logits.sum().item(),
+            "decode": lambda model: model.generate(
+                ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False,
+                min_new_tokens=new, max_new_tokens=new)}
+    seconds = {(name, what): [] for name in models for what in work}
+    for _ in tqdm(range(5 * args.rounds + 1), "inference", leave=False):  # the first to warm up
+        for name, what in seconds:
+            began = time.perf_counter()
+            work[what](models[name].eval())
+            seconds[name, what].append(time.perf_counter() - began)
+    time_of = {key: median(times[1:]) for key, times in seconds.items()}
+    rows = {name: {f"{what}, speed of the base's": f"{time_of['base', what] / time_of[name, what]:.2f}"
+                   for what in work} for name in models}
+    for name, tensors in stored.items():
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory, "file")
+            began = time.perf_counter()
+            save_file({key: tensor.cpu().clone() for key, tensor in tensors.items()}, file)
+            middle = time.perf_counter()
+            [tensor.clone() for tensor in load_file(file).values()]  # the file is only mapped
+            end, size = time.perf_counter(), file.stat().st_size / 1e6
+        rows[name] |= {"file, MB": f"{size:.2f}", "save, s": f"{middle - began:.2f}",
+                       "load, s": f"{end - middle:.2f}"}
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="directory of a model, for its shape (Qwen2.5-0.5B's)")
+    add("--batch-size", type=int, default=16)
+    add("--micro-batch-size", type=int, default=4)
+    add("--max-length", type=int, default=64, help="tokens of an example, at least 17; of which "
+        "the last 16 are learned, in stage 1 all")
+    add("--rounds", type=int, default=5, help="steps of each race, and a fifth of the inferences")
+    add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
+    add("--to", type=Path, help="file for the tables, too")
+    args = parser.parse_args(argv)
+    config = Qwen2Config(**QWEN)
+    if args.model:
+        config = AutoConfig.from_pretrained(smf.find(args.model, "model"))
+    steps = {" / ".join(pair): race(pair, config, args) for pair in tqdm(RACES, "races", leave=False)}
+    text = "\n\n".join([evaluation.table(steps), evaluation.table(inference(config, args))]) + "\n"
+    print(text)
+    if args.to:
+        smf.write_atomic(args.to, lambda path: path.write_text(text))
+
+
+if __name__ == "__main__":
+    smf.script(main)
