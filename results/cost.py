@@ -5,8 +5,7 @@
     python results/cost.py --to results/qwen2.5-0.5b/cost.md
 
 Steps are raced in pairs: each training loop runs in a process of its own, and the two take turns
-step by step, so that both see the same machine. Ratios are of medians. With peft installed, its
-LoRA is raced, too.
+step by step. Ratios are of medians. With peft installed, its LoRA is raced, too.
 """
 
 import argparse
@@ -20,7 +19,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
@@ -40,7 +38,7 @@ RACES += [("SMF", "peft's LoRA")] * bool(importlib.util.find_spec("peft"))
 
 
 class Turns(list):
-    """Examples, of which every step asks for all, twice (to sort them, to take them). When a step
+    """Examples, of which a step asks for all, twice: to sort them and to take them. As a step
     begins, the loop waits here for its turn, and the time of the step before is noted."""
 
     def __init__(self, examples, mine, other, device):
@@ -69,13 +67,7 @@ def random_model(config, device):
     return model.to(device).requires_grad_(False).eval()
 
 
-def add_memories(model, layers=None, n_keys=128, mode="additive"):
-    depth = len(smf.decoder_blocks(model))
-    layers = layers or [depth // 4, depth // 2, 3 * depth // 4]
-    smf.retrofit(model, layers, mode, 1.0, n_keys=n_keys)
-
-
-def plain_loop(model, examples, steps, args):
+def plain_loop(model, examples, steps, run, args):
     """Stage 1 without its bookkeeping."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
@@ -95,65 +87,63 @@ def peak_memory(device):
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
+def prepare(name, model):
+    """What the script of `name` would do with the model before its loop -> the script."""
+    depth = model.config.num_hidden_layers
+    layers = [depth // 2] if "one memory" in name else [depth // 4, depth // 2, 3 * depth // 4]
+    if name == "full":
+        model.requires_grad_(True)
+    elif name == "LoRA":
+        baselines.add_lora(model)
+    elif name == "peft's LoRA":
+        import peft
+        peft.inject_adapter_in_model(peft.LoraConfig(
+            r=baselines.RANK, lora_alpha=baselines.ALPHA, lora_dropout=baselines.DROPOUT,
+            target_modules="all-linear"), model)
+    else:
+        smf.retrofit(model, layers, "additive", 1.0, n_keys=1024 if "1,048,576" in name else 128)
+        if name in ("stage 1", "plain AdamW loop"):
+            return train_retrofit
+        model.requires_grad_(False)
+        return train_sparse
+    return baselines
+
+
 def train(name, config, args, mine, other, results):
     """A runner of a race: the loop of `name` on one batch. Puts into `results` the seconds of a
     step and the GiB of peak memory beyond the base model, and beyond that without value tables."""
     sys.stdout = open(os.devnull, "w")
-    device, run = args.device, Path(tempfile.mkdtemp())
-    model = random_model(config, device)
-    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else peak_memory(device)
-    middle = config.num_hidden_layers // 2
-    flags = ["--device", device, "--batch-size", str(args.batch_size), "--micro-batch-size",
-             str(args.batch_size if "whole" in name else args.micro_batch_size)]
-    start = 1 if name in ("stage 1", "plain AdamW loop") else args.max_length - 16
+    model = random_model(config, args.device)
+    before, script = peak_memory(args.device), prepare(name, model)
+    start = 1 if script is train_retrofit else args.max_length - 16
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
-    examples = Turns([smf.Example(row, start) for row in ids], mine, other, device)
-    steps = args.rounds + 1  # the first to warm up
-    if name in ("full", "LoRA", "peft's LoRA"):
-        own = baselines.parse([*flags, "--method", "full" if name == "full" else "lora"])
-        if name == "full":
-            model.requires_grad_(True)
-        elif name == "LoRA":
-            baselines.add_lora(model)
-        else:
-            import peft
-            peft.inject_adapter_in_model(peft.LoraConfig(
-                r=baselines.RANK, lora_alpha=baselines.ALPHA, lora_dropout=baselines.DROPOUT,
-                target_modules="all-linear"), model)
-        baselines.train(model, examples, steps, run, own)
-    else:
-        one = [middle] if "one memory" in name else None
-        add_memories(model, one, 1024 if "1,048,576" in name else 128)
-        if name == "stage 1":
-            train_retrofit.train(model, examples, steps, run, train_retrofit.parse(flags))
-        elif name == "plain AdamW loop":
-            plain_loop(model, examples, steps, train_retrofit.parse(flags))
-        else:
-            train_sparse.train(model.requires_grad_(False), examples, steps, run,
-                               train_sparse.parse(flags))
+    examples = Turns([smf.Example(row, start) for row in ids], mine, other, args.device)
+    micro = args.batch_size if "whole" in name else args.micro_batch_size
+    flags = ["--device", args.device, "--batch-size", str(args.batch_size)]
+    flags += ["--micro-batch-size", str(micro)] + ["--method", "full"] * (name == "full")
+    loop = plain_loop if name == "plain AdamW loop" else script.train
+    loop(model, examples, args.rounds + 1, Path(tempfile.mkdtemp()), script.parse(flags))
     examples.end_step()
     tables = sum(memory.values.nbytes for memory in smf.memories(model).values()) / 2**30
-    peak = peak_memory(device) - before
-    results.put((name, median(examples.seconds[1:]), peak, peak - tables))
+    peak = peak_memory(args.device) - before
+    results.put((name, median(examples.seconds[1:]), peak, peak - tables))  # the first: to warm up
 
 
 def race(pair, config, args):
     """-> {column: "own / other = ratio"} of the two."""
-    os.environ["TQDM_DISABLE"] = "1"  # the bars of the runners
     context = multiprocessing.get_context("spawn")
     turns, results = [context.Semaphore(1), context.Semaphore(0)], context.SimpleQueue()
     runners = [context.Process(target=train, args=(name, config, args, turns[i], turns[1 - i],
-                                                   results)) for i, name in enumerate(pair)]
+                                                   results), daemon=True)
+               for i, name in enumerate(pair)]
     for runner in runners:
         runner.start()
     while any(runner.is_alive() for runner in runners):
+        time.sleep(0.2)
         if any(runner.exitcode for runner in runners):  # 0 or None while all is well
-            for runner in runners:
-                runner.terminate()
             raise smf.BadInput(f"{' or '.join(pair)} ended early, as when memory runs out; give a "
                                f"smaller --batch-size or --max-length")
-        time.sleep(0.2)
-    found = {name: rest for name, *rest in (results.get() for _ in pair)}
+    found = {name: figures for name, *figures in (results.get() for _ in pair)}
     columns = ("s/step", "GiB beyond the base", "and beyond V")
     return {column: f"{own:.3g} / {other:.3g} = {own / other:.2f}"
             for column, own, other in zip(columns, *(found[name] for name in pair))}
@@ -162,14 +152,16 @@ def race(pair, config, args):
 @torch.no_grad()
 def inference(config, args, prompt=128, new=8):
     """{model: {column: text}}: speed of a prompt of 128 tokens and of decoding, one sequence, the
-    models in turn, medians; and the file that each is stored in, written to disk and read back."""
+    models in turn, medians; and what is stored for each."""
     names = ("base", "base again", "additive", "replacement", "LoRA")
     models = {name: random_model(config, args.device) for name in names}
+    depth = config.num_hidden_layers
     for mode in ("additive", "replacement"):
-        add_memories(models[mode], mode=mode)
+        smf.retrofit(models[mode], [depth // 4, depth // 2, 3 * depth // 4], mode, 1.0)
     baselines.add_lora(models["LoRA"])
-    stored = {"base": models["base"].state_dict(), "additive": smf.memory_state(models["additive"]),
-              "LoRA": {name: p for name, p in models["LoRA"].named_parameters() if p.requires_grad}}
+    stored = {"base": models["base"].parameters(),
+              "additive": smf.memory_state(models["additive"]).values(),
+              "LoRA": [p for p in models["LoRA"].parameters() if p.requires_grad]}
     ids = torch.randint(config.vocab_size, (1, prompt), device=args.device)  # (1, prompt)
     work = {"prefill": lambda model: model(ids, logits_to_keep=1).logits.sum().item(),
             "decode": lambda model: model.generate(
@@ -182,18 +174,10 @@ def inference(config, args, prompt=128, new=8):
             work[what](models[name].eval())
             seconds[name, what].append(time.perf_counter() - began)
     time_of = {key: median(times[1:]) for key, times in seconds.items()}
-    rows = {name: {f"{what}, speed of the base's": f"{time_of['base', what] / time_of[name, what]:.2f}"
-                   for what in work} for name in models}
+    rows = {name: {f"{what}, of the base's speed": f"{time_of['base', what] / own:.2f}"
+                   for (model, what), own in time_of.items() if model == name} for name in models}
     for name, tensors in stored.items():
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "file")
-            began = time.perf_counter()
-            save_file({key: tensor.cpu().clone() for key, tensor in tensors.items()}, file)
-            middle = time.perf_counter()
-            [tensor.clone() for tensor in load_file(file).values()]  # the file is only mapped
-            end, size = time.perf_counter(), file.stat().st_size / 1e6
-        rows[name] |= {"file, MB": f"{size:.2f}", "save, s": f"{middle - began:.2f}",
-                       "load, s": f"{end - middle:.2f}"}
+        rows[name]["stored, MB"] = f"{sum(tensor.nbytes for tensor in tensors) / 1e6:.2f}"
     return rows
 
 
@@ -213,7 +197,7 @@ def main(argv=None):
     config = Qwen2Config(**QWEN)
     if args.model:
         config = AutoConfig.from_pretrained(smf.find(args.model, "model"))
-    steps = {" / ".join(pair): race(pair, config, args) for pair in tqdm(RACES, "races", leave=False)}
+    steps = {" / ".join(pair): race(pair, config, args) for pair in tqdm(RACES, "races")}
     text = "\n\n".join([evaluation.table(steps), evaluation.table(inference(config, args))]) + "\n"
     print(text)
     if args.to:

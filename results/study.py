@@ -2,12 +2,11 @@
 
     python results/study.py tiny                # or tiny-medmcqa; about an hour on two cores
     python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
-                                                # or smollm2-medmcqa, smollm2-stage-1: a day
+                                                # or smollm2-medmcqa, smollm2-stage-1; a day or two
 
-Runs go to out/STUDY. What is finished there is skipped, so the same command goes on with a study
-that was cut short. Written to results/STUDY (or --to): tables.md (test split, at the chosen rates),
-runs.md (every run, validation split), headline.png, frontier.png, stage-1.png and results.json.
-DATA_DIR has the directories trivia_qa, wikitext, oasst1 and medmcqa. The figures need matplotlib.
+Runs go to out/STUDY. Those that are there are skipped, so the same command goes on with a study.
+results/STUDY gets tables.md (test split, chosen rates), frontier.png (validation, every rate), its
+first row headline.png, stage-1.png and results.json. DATA_DIR has trivia_qa, wikitext, oasst1, medmcqa.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -47,10 +46,19 @@ STAGE_1 = {"untrained": "--steps 280 --lr 1e-9 --alpha-lr 1e-9", "280-steps": "-
            "lr2e-3": "--steps 70 --lr 2e-3", "alpha0.01": "--steps 70 --alpha 0.01",
            "lr2e-3-alpha0.01": "--steps 70 --lr 2e-3 --alpha 0.01",
            "not-normalised": "--steps 70 --lr 2e-3 --query-momentum 0"}
-# starts: {name: flags of train_retrofit.py}. flags: of all that learn the task. base: of baselines
+SMOLLM2_FRESH = {  # {rates: conditions}
+    "4 8": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
+           "additive-tfidf+s-fresh additive-tfidf",
+    "0.25 0.5": "additive-all-fresh", "16 32": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
+    "1 2": "additive-tfidf-fresh-t2000 replacement-tfidf", "3e6 6e6": "additive-tfidf-fresh-sgd"}
+SMOLLM2_STAGED = {
+    "4 8": " additive-kl additive-count additive-random additive-tfidf+s", "2e-5 4e-5": "full",
+    "0.25 0.5": " additive-all", "16 32": " additive-tfidf-t100", "1 2": " additive-tfidf-t2000",
+    "3e6 6e6": " additive-tfidf-sgd"}
+# starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone. sweep: the seeds that choose the rate. rates: {rates: conditions}, see command().
 STUDIES = {
-    "tiny": dict(starts=TINY_STARTS, flags="", sweep=SEEDS, rates={
+    "tiny": dict(starts=TINY_STARTS, flags="", base="", sweep=SEEDS, rates={
         "0.03 0.1 0.2 0.3 0.5": "additive-tfidf additive-kl additive-count additive-random "
                                 "additive-all additive-tfidf+s additive-kl+s additive-tfidf-t2000 "
                                 "additive-tfidf-fresh",
@@ -58,54 +66,28 @@ STUDIES = {
         "300 1000 3000 6000 10000": "additive-tfidf-sgd additive-all-sgd",
         "0.01 0.03 0.1 0.2 0.3": "replacement-tfidf replacement-kl",
         "1e-4 2e-4 3e-4 1e-3 3e-3": "lora", "3e-5 1e-4 2e-4 3e-4 1e-3": "full"}),
-    "tiny-medmcqa": dict(starts={"additive-retrofit": ""}, flags="--task medmcqa", sweep=SEEDS, rates={
-        "0.5": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
-    "smollm2-facts": dict(starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,), rates={
-        "4 8": "additive-tfidf additive-kl additive-count additive-random additive-tfidf+s "
-               "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
-               "additive-tfidf+s-fresh",
-        "0.25 0.5": "additive-all additive-all-fresh",
-        "16 32": "additive-tfidf-t100 additive-tfidf-fresh-t100",
-        "1 2": "additive-tfidf-t2000 additive-tfidf-fresh-t2000 replacement-tfidf",
-        "3e6 6e6": "additive-tfidf-sgd additive-tfidf-fresh-sgd",
-        "4e-4 8e-4": "lora", "2e-5 4e-5": "full"}),
-    "smollm2-medmcqa": dict(starts=SMOLLM2_STARTS, flags=MEDMCQA, base=BASE, sweep=(0,), rates={
-        "4 8": "additive-tfidf additive-tfidf-fresh additive-kl-fresh additive-count-fresh "
-               "additive-random-fresh additive-tfidf+s-fresh",
-        "0.25 0.5": "additive-all-fresh", "16 32": "additive-tfidf-fresh-t100",
-        "1 2": "additive-tfidf-fresh-t2000 replacement-tfidf",
-        "3e6 6e6": "additive-tfidf-fresh-sgd", "4e-4 8e-4": "lora", "4e-5 8e-5": "full"}),
+    "tiny-medmcqa": dict(starts={"additive-retrofit": ""}, flags="--task medmcqa", base="",
+                         sweep=SEEDS, rates={"0.5": "additive-tfidf additive-kl", "1e-3": "lora",
+                                             "2e-4": "full"}),
+    "smollm2-facts": dict(
+        starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,),
+        rates={rates: SMOLLM2_FRESH.get(rates, "") + SMOLLM2_STAGED.get(rates, "")
+               for rates in SMOLLM2_FRESH | SMOLLM2_STAGED}),
+    "smollm2-medmcqa": dict(starts=SMOLLM2_STARTS, flags=MEDMCQA, base=BASE, sweep=(0,),
+                            rates=SMOLLM2_FRESH | {"4e-5 8e-5": "full"}),
     "smollm2-stage-1": dict(
-        starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE, sweep=(0,),
-        rates={"1 2 4 8": "after-280-steps", "0.5 1 2 4 8": "after-lr2e-3", "4e-5": "full",
-               "8": "after-alpha0.01 after-lr2e-3-alpha0.01 after-not-normalised"}),
+        starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE,
+        sweep=(0,), rates={"1 2 4 8": "after-280-steps", "0.5 1 2 4 8": "after-lr2e-3", "8":
+                           "after-alpha0.01 after-lr2e-3-alpha0.01 after-not-normalised"}),
 }
-HEADLINE = "SMF against LoRA and full finetuning"
-TABLES = {  # title: conditions, of which those that a study has are shown
-    HEADLINE: "additive-tfidf additive-all additive-tfidf-fresh additive-random-fresh "
-              "additive-all-fresh lora full",
-    "Methods, as in Table 1 of [Gupta26]":
-        "replacement-kl replacement-tfidf additive-kl additive-tfidf additive-kl+s "
-        "additive-tfidf+s additive-kl-fresh additive-tfidf-fresh additive-tfidf+s-fresh lora full",
-    "Which rows": "additive-tfidf additive-kl additive-count additive-random additive-all "
-                  "additive-tfidf-fresh additive-kl-fresh additive-count-fresh "
-                  "additive-random-fresh additive-all-fresh",
-    "How many rows": "additive-tfidf-t50 additive-tfidf-t100 additive-tfidf additive-tfidf-t2000 "
-                     "additive-all additive-tfidf-fresh-t100 additive-tfidf-fresh "
-                     "additive-tfidf-fresh-t2000 additive-all-fresh",
-    "Variants": "additive-fresh additive-retrofit replacement-retrofit additive-tfidf "
-                "additive-tfidf-fresh additive-tfidf-sgd additive-all-sgd additive-tfidf-fresh-sgd",
-    "Stage 1": " ".join(f"after-{name}" for name in STAGE_1),
-}
+HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-random-fresh",
+            "additive-all-fresh", "lora", "full")  # headline.png; frontier.png has the others, too
 
 
-# Running
-
-
-def command(condition):
+def command(condition, base):
     """additive-tfidf+s-fresh-t100-sgd -> the script and flags that make it, but rate and task."""
     if condition in ("lora", "full"):
-        return f"baselines.py --method {condition} BASE"
+        return f"baselines.py --method {condition} {base}"
     if condition.startswith("after-"):
         return f"train_sparse.py --parent OUT/{condition[6:]}-seedSEED"
     mode, scorer, *rest = condition.split("-")
@@ -115,16 +97,19 @@ def command(condition):
     return " ".join(["train_sparse.py", *flags, "--optimizer sgd" * ("sgd" in rest)])
 
 
-def run_all(commands, jobs):
-    """Run {run directory: command line} that are not there yet, `jobs` at a time, a core each."""
+def run_all(commands, args):
+    """Run command lines, --jobs at a time, a core each. The first alone: it measures the base."""
     def go(command):
+        command = command.format(model=args.model, data=args.data)
         done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True,
                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             raise smf.BadInput(f"{command}: {done.stderr.strip().splitlines()[-1]}")
 
-    with ThreadPoolExecutor(jobs) as pool:
-        list(tqdm(pool.map(go, commands), total=len(commands), desc="runs", leave=False))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for command in commands[:1]:
+            go(command)
+        list(tqdm(pool.map(go, commands[1:]), total=len(commands[1:]), desc="runs", leave=False))
 
 
 def figures(run, split):
@@ -136,68 +121,52 @@ def figures(run, split):
 
     result = measured(run)
     if result:
-        right = zip(result["knowledge right"], measured(evaluation.parent_of(run))["knowledge right"])
-        result["kept"] = evaluation.mean([now for now, then in right if then])
+        before = measured(evaluation.parent_of(run))["knowledge right"]
+        kept = [now for now, then in zip(result["knowledge right"], before) if then]
+        result["kept"] = evaluation.mean(kept)
     return result and {name: (result[name]["value"], result[name]["stderr"])
                        for name in evaluation.DIGITS if name in result}
 
 
-def average(rows):
-    """[{measure: (value, ...)}] of the seeds -> {measure: (mean, standard deviation)}."""
-    values = {name: [row[name][0] for row in rows] for name in rows[0]}
-    return {name: (fmean(v), stdev(v)) if len(v) > 1 else (v[0],) for name, v in values.items()}
-
-
 def choose(swept):
-    """{rate: [figures of each seed]}, validation split -> the least rate whose mean target is
-    within one standard error of the best (over seeds; of one seed, over its questions)."""
-    def target(rate):
-        values = [row["target"][0] for row in swept[rate]]
-        error = stdev(values) / len(values)**0.5 if len(values) > 1 else swept[rate][0]["target"][1]
-        return fmean(values), error
-
-    best, error = max(map(target, swept))
-    return min((rate for rate in swept if target(rate)[0] >= best - error), key=float)
+    """{rate: {seed: figures}}, validation split -> the least rate whose mean target is within one
+    standard error of the best (over seeds; of one seed, over its questions)."""
+    mean = {rate: fmean(row["target"][0] for row in swept[rate].values()) for rate in swept}
+    best = max(mean, key=mean.get)
+    values = [row["target"][0] for row in swept[best].values()]
+    error = stdev(values) / len(values)**0.5 if len(values) > 1 else swept[best][0]["target"][1]
+    return min((rate for rate in mean if mean[rate] >= mean[best] - error), key=float)
 
 
-def study(name, fill, jobs):
-    """Make the runs -> {condition: {"validation": {rate: {seed: figures}}, "chosen": rate,
-    "test": {seed: figures}}} and {condition: run of seed 0 at that rate}."""
-    plan, out = STUDIES[name], Path("out", name)
-    run_all([fill(f"{ROOT}/train_retrofit.py {flags} --seed {seed} --out {out}/{start}-seed{seed}")
-             for start, flags in plan["starts"].items() for seed in SEEDS
-             if not smf.finished(out / f"{start}-seed{seed}")], jobs)
+def study(plan, out, args):
+    """Make the runs in `out` -> {condition: {"validation": {rate: {seed: figures}}, "chosen": rate,
+    "test": {seed: figures}}}; of the base and the starts, the rate is ""."""
+    rates = {c: rates.split() for rates, names in plan["rates"].items() for c in names.split()}
 
-    def measured(split, wanted):  # [(condition, rate, seed)] -> {condition: {rate: {seed: figures}}}
-        paths = {key: out / "{}-lr{}-seed{}".format(*key) for key in wanted}
-        run_all([fill(f"{ROOT}/{command(c)} {plan['flags']} --lr {rate} --seed {seed} --split "
-                      f"{split} --out {path}".replace("OUT", str(out)).replace("SEED", str(seed))
-                      .replace("BASE", plan.get("base", "")))
-                 for (c, rate, seed), path in paths.items() if not figures(path, split)], jobs)
-        found = {}
-        for (c, rate, seed), path in paths.items():
-            found.setdefault(c, {}).setdefault(rate, {})[seed] = figures(path, split)
-        return found
+    def path(c, rate, seed):
+        name = f"{c}-lr{rate}-seed{seed}" if rate else f"{c}-seed{seed}"
+        return out / ("base" if c == "base" else name)
 
-    swept = measured("validation", [(c, rate, seed) for rates, names in plan["rates"].items()
-                                    for c in names.split() for rate in rates.split()
-                                    for seed in plan["sweep"]])
-    chosen = {c: choose({rate: list(rows.values()) for rate, rows in swept[c].items()})
-              for c in swept}
-    tested = measured("test", [(c, rate, seed) for c, rate in chosen.items() for seed in SEEDS])
-    result = {c: {"validation": swept[c], "chosen": rate, "test": tested[c][rate]}
-              for c, rate in chosen.items()}
-    for start in ["base", *plan["starts"]]:  # they have no rate to choose
-        own = [out / "base"] if start == "base" else [out / f"{start}-seed{s}" for s in SEEDS]
-        rows = {split: {s: row for s, run in enumerate(own) if (row := figures(run, split))}
-                for split in ("validation", "test")}
-        if all(rows.values()):
-            result[start] = {"validation": {None: rows["validation"]}, "chosen": None,
-                             "test": rows["test"]}
-    return result, {c: out / f"{c}-lr{rate}-seed0" for c, rate in chosen.items()}
+    def rows(c, rate, seeds, split):
+        found = {s: figures(path(c, rate, s), split) for s in seeds[:1 if c == "base" else None]}
+        return {seed: row for seed, row in found.items() if row}
 
+    def make(wanted, split):  # [(condition, rate, seed)]
+        run_all([f"{ROOT}/{command(c, plan['base'])} {plan['flags']} --lr {rate} --seed {seed} "
+                 f"--split {split} --out {path(c, rate, seed)}".replace("SEED", str(seed))
+                 .replace("OUT", str(out))
+                 for c, rate, seed in wanted if not rows(c, rate, [seed], split)], args)
 
-# Showing
+    run_all([f"{ROOT}/train_retrofit.py {flags} --seed {seed} --out {path(c, '', seed)}"
+             for c, flags in plan["starts"].items() for seed in SEEDS
+             if not smf.finished(path(c, "", seed))], args)
+    make([(c, rate, s) for c in rates for rate in rates[c] for s in plan["sweep"]], "validation")
+    swept = {c: {rate: rows(c, rate, plan["sweep"], "validation") for rate in rates.get(c, [""])}
+             for c in ["base", *plan["starts"], *rates]}
+    chosen = {c: choose(swept[c]) if c in rates else "" for c in swept if all(swept[c].values())}
+    make([(c, chosen[c], seed) for c in rates for seed in SEEDS], "test")
+    return {c: {"validation": swept[c], "chosen": rate, "test": rows(c, rate, SEEDS, "test")}
+            for c, rate in chosen.items()}
 
 
 def metrics(run):
@@ -206,68 +175,68 @@ def metrics(run):
 
 def accounting(run):
     """A row of [Gupta26 Table 3], the rows touched and the size of what the run itself stores."""
-    (model, _), config, base = smf.load(run), smf.read_config(run), run
-    delta = load_file(run / "delta.safetensors")
+    (model, _), base, delta = smf.load(run), run, load_file(run / "delta.safetensors")
     while evaluation.parent_of(base) != base:
         base = evaluation.parent_of(base)
-    size, before = (sum(p.numel() for p in part.parameters()) for part in (model, smf.load(base)[0]))
-    stored = updated = sum(tensor.numel() for tensor in delta.values())
-    if "scorer" in config:
-        added = smf.memory_state(model)
-        stored = sum(p.numel() for name, p in model.named_parameters() if name in added)
-        rows = fmean(sum(line["rows"]) for line in metrics(run))
-        updated = round(rows * model.get_input_embeddings().embedding_dim)
-        updated += config["train_alpha"] * len(smf.memories(model))
+    size, before = (sum(p.numel() for p in m.parameters()) for m in (model, smf.load(base)[0]))
     touched = sum(len(tensor) for name, tensor in delta.items() if name.endswith(":rows"))
+    alphas = sum(tensor.numel() for name, tensor in delta.items() if name.endswith(".alpha"))
+    stored = updated = sum(tensor.numel() for tensor in delta.values())
+    if touched:
+        stored = sum(p.numel() for name, p in model.named_parameters()
+                     if name in smf.memory_state(model))
+        rows = fmean(sum(line["rows"]) for line in metrics(run))
+        updated = round(rows * model.get_input_embeddings().embedding_dim) + alphas
     return {"parameters stored": f"{stored:,}", "net change at inference": f"{size - before:,}",
-            "updated per step": f"{updated:,}", "rows touched": f"{touched:,}" if touched else "",
+            "updated per step": f"{updated:,}", "rows touched": f"{touched:,}" * bool(touched),
             "file, MB": f"{(run / 'delta.safetensors').stat().st_size / 1e6:.2f}"}
 
 
-def text(row):
-    """{measure: (value, ±)} -> {measure: text}"""
-    return {name: " ± ".join(f"{part:.{evaluation.DIGITS[name]}f}" for part in row[name])
-            for name in evaluation.DIGITS if name in row}
+def cells(rows):
+    """{seed: figures} -> {measure: "mean ± standard deviation"}"""
+    values = {name: [row[name][0] for row in rows.values() if name in row]
+              for name in evaluation.DIGITS}
+    digits = evaluation.DIGITS
+    return {name: " ± ".join(f"{mean(v):.{digits[name]}f}" for mean in (fmean, stdev)[:len(v)])
+            for name, v in values.items() if v}
 
 
-def plot(pyplot, result, titles, path):
-    """Target gain against perplexity and knowledge, on the validation split at every rate, means
-    over seeds; the chosen rate ringed, the base a line."""
-    base = average([*result["base"]["validation"][None].values()])
-    figure, axes = pyplot.subplots(len(titles), 2, figsize=(11, 4 * len(titles)), squeeze=False)
-    for title, pair in zip(titles, axes):
-        names = [c for c in TABLES[title].split() if c in result]
+def plot(pyplot, result, panels, path):
+    """Target against perplexity and knowledge, on the validation split at every rate, means over
+    seeds; the chosen rate ringed, the base a line. panels: lists of conditions, a row each."""
+    figure, axes = pyplot.subplots(len(panels), 2, figsize=(13, 5 * len(panels)), squeeze=False,
+                                   layout="tight")
+    for names, pair in zip(panels, axes):
         for axis, probe in zip(pair, ("perplexity", "knowledge")):
-            for c, marker in zip(names, cycle("osD^v<>P*X")):
-                swept = result[c]["validation"]
-                points = [average([*rows.values()]) for rows in swept.values()]
-                x = [point["target"][0] - base["target"][0] for point in points]
-                y, at = [point[probe][0] for point in points], [*swept].index(result[c]["chosen"])
-                colour = axis.plot(x, y, marker=marker, label=c)[0].get_color()
-                axis.plot(x[at], y[at], marker, ms=14, mfc="none", color=colour)
-            axis.axhline(base[probe][0], color="black", lw=0.8, label="base")
-            axis.set(title=title, xlabel="target gain, validation", ylabel=probe)
-        pair[0].set(yscale="log", ylim=(None, min(pair[0].get_ylim()[1], 6 * base["perplexity"][0])))
+            for c, style in zip(names, product(("-", "--"), "osD^v<>P*X")):
+                x, y = ({rate: fmean(row[name][0] for row in rows.values())
+                         for rate, rows in result[c]["validation"].items()}
+                        for name in ("target", probe))
+                line, = axis.plot(x.values(), y.values(), "".join(style), label=c)
+                at = result[c]["chosen"]
+                axis.plot(x[at], y[at], style[1], ms=14, mfc="none", color=line.get_color())
+            base = result["base"]["validation"][""][0][probe][0]
+            axis.axhline(base, color="black", lw=0.8, label="base")
+            axis.set(xlabel="target, validation split", ylabel=probe)
+            if probe == "perplexity":
+                axis.set(yscale="log", ylim=(None, min(axis.get_ylim()[1], 6 * base)))  # cut off
         pair[0].legend(fontsize="x-small")
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
 def plot_stage_1(pyplot, runs, path):
-    """Stage 1 against its steps: the loss, less that of the first run on the same batch, a running
-    mean of ten; and what each batch reads of each memory: usage, and KL from uniform."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    """Stage 1, what each batch reads of each memory, and its loss, a running mean of ten, less that
+    of the first run, against the step."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="tight")
     first = torch.tensor([line["loss"] for line in metrics(runs[0])])  # (steps,)
     for i, run in enumerate(runs):
-        for axis, measure in zip(axes, ("loss", "usage", "KL")):
-            y = torch.tensor([line[measure] for line in metrics(run)])  # (steps,) or (steps, memories)
-            if measure == "loss":
-                y = (y[:len(first)] - first[:len(y)]).unfold(0, 10, 1).mean(-1)  # (steps - 9,)
+        loss, usage, kl = (torch.tensor([line[name] for line in metrics(run)])  # (steps, ...)
+                           for name in ("loss", "usage", "KL"))
+        loss = (loss[:len(first)] - first[:len(loss)]).unfold(0, 10, 1).mean(-1)  # (steps - 9,)
+        for axis, y, title in zip(axes, (loss, usage, kl), ("loss - first", "usage", "KL, nats")):
             axis.plot(y, color=f"C{i}", label=run.name)
-            axis.set(xlabel="step", title=measure)
-    axes[0].set_title(f"loss, less that of {runs[0].name}")
+            axis.set(xlabel="step", title=title)
     axes[0].legend(fontsize="x-small")
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
@@ -277,7 +246,6 @@ def main(argv=None):
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--model", help="smollm2: directory of SmolLM2-135M-Instruct")
     parser.add_argument("--data", help="smollm2: directory of the data sets")
-    parser.add_argument("--to", type=Path, help="directory of the tables (results/STUDY)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     args = parser.parse_args(argv)
     if args.study.startswith("smollm2") and not (args.model and args.data):
@@ -287,26 +255,23 @@ def main(argv=None):
     except ImportError:
         raise smf.BadInput("the figures need matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("Agg")  # needs no screen
-    to = args.to or ROOT / "results" / args.study
-    result, chosen = study(args.study, lambda line: line.format(model=args.model, data=args.data),
-                           args.jobs)
-    label = {c: f"{c}, lr {d['chosen']}" if d["chosen"] else c for c, d in result.items()}
-    parts = {title: evaluation.table({label[c]: text(average([*result[c]["test"].values()]))
-                                      for c in ["base", *names.split()] if c in result})
-             for title, names in TABLES.items() if any(c in result for c in names.split())}
-    parts["What it costs, as in Table 3 of [Gupta26]"] = evaluation.table(
-        {c: accounting(run) for c, run in chosen.items()})
-    every = {f"{c}, lr {rate}, seed {seed}": text(row) for c, d in result.items()
-             for rate, rows in d["validation"].items() for seed, row in rows.items()}
+    plan, out, to = STUDIES[args.study], Path("out", args.study), Path("results", args.study)
+    result = study(plan, out, args)
+    tables = [evaluation.table({
+        f"{c}, lr {d['chosen']} of {', '.join(d['validation'])}" if d["chosen"] else c:
+        cells(d["test"]) for c, d in result.items()})]
+    learned = [c for c in result if result[c]["chosen"]]
+    tables += ["What it costs, as in Table 3 of [Gupta26]", evaluation.table({
+        c: accounting(out / f"{c}-lr{result[c]['chosen']}-seed0") for c in learned})]
     to.mkdir(parents=True, exist_ok=True)
-    (to / "tables.md").write_text("\n".join(f"{title}\n\n{part}\n" for title, part in parts.items()))
-    (to / "runs.md").write_text(evaluation.table(every) + "\n")
+    (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
-    plot(pyplot, result, [next(iter(parts))], to / "headline.png")
-    plot(pyplot, result, [title for title in parts if title in TABLES], to / "frontier.png")
-    starts = [Path("out", args.study, f"{start}-seed0") for start in STUDIES[args.study]["starts"]]
-    plot_stage_1(pyplot, [run for run in starts if (run / "metrics.jsonl").exists()], to / "stage-1.png")
-    print((to / "tables.md").read_text())
+    panels = [[c for c in learned if (c in HEADLINE) == first] for first in (True, False)]
+    plot(pyplot, result, panels[:1], to / "headline.png")
+    plot(pyplot, result, panels, to / "frontier.png")
+    plot_stage_1(pyplot, [out / f"{c}-seed0" for c in plan["starts"]
+                          if (out / f"{c}-seed0/metrics.jsonl").exists()], to / "stage-1.png")
+    print(*tables, sep="\n\n")
 
 
 if __name__ == "__main__":
