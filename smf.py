@@ -108,7 +108,6 @@ class ProductKeyMemory(nn.Module):
     @torch.no_grad()
     def track_queries(self, x, momentum):
         """Move the running mean and variance of the queries towards those of tokens x (S, D).
-
         Without normalised queries, training can make all tokens read the same few rows [Lample19
         section 4]. differs: the running statistics are used in training, too, so padding and
         micro-batches change nothing."""
@@ -427,9 +426,10 @@ def load(run, device="cpu"):
             raise BadInput(f"{run}: its parent has changed; restore that, or make this run again")
         if "memory" in config:
             retrofit(model, **config["memory"])
-            assert memory_state(model).keys() <= delta.keys(), "part of a memory is missing"
+            [delta[name] for name in memory_state(model)]  # raises if part of a memory is missing
         apply_delta(model, delta)
-        assert all(tensor.isfinite().all() for tensor in model.state_dict().values()), "not finite"
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("not all of its numbers are finite")
     except BadInput:
         raise
     except Exception as error:  # whatever a damaged file leads to
@@ -507,7 +507,7 @@ def load_rows(flag, name, split, columns):
     try:
         rows = datasets.load_dataset(find(path, "dataset"), configuration or None,
                                      split=split).select_columns(list(columns))
-        assert len(rows), "it is empty"
+        rows[0]  # raises if there is none
         return rows
     except Exception as error:  # no network, no such name, a strange file: the remedy is the same
         raise BadInput(f"{flag} {name}: split {split} cannot be read ({error}); name a data set "
@@ -634,7 +634,7 @@ def script(main):
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")
     except Exception as error:
-        if not isinstance(error, (BadInput, OSError, MemoryError)) and "alloc" not in str(error):
-            raise  # a bug; the others are bad input, a full disk, no memory
+        if not ("alloc" in str(error) or isinstance(error, (BadInput, OSError, ImportError))):
+            raise  # a bug; the others are no room in memory, bad input, a full disk, no matplotlib
         print(f"{Path(sys.argv[0]).name}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

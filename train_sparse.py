@@ -85,7 +85,7 @@ def select_rows(memory, counts, step, args):
 
 
 def train(model, examples, steps, run, args):
-    """-> what was learned, {name: tensor}: the rows that were updated, and the alphas of +S."""
+    """-> what was learned, {name: tensor}: the alphas of +S, and the rows that were updated."""
     memories = smf.memories(model)
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
@@ -100,7 +100,6 @@ def train(model, examples, steps, run, args):
     for step, batch in smf.batches(examples, args.batch_size, args.seed, done, steps):
         # Forward and backward. What does this batch read, and what is the gradient there?
         loss, reads = smf.backward(model, batch, args.micro_batch_size)
-        loss = all_reduce(loss).item()
 
         # Which of the rows read are this batch's own? Only those get their gradient.
         updates = {}  # {name: (rows, gradient)}
@@ -117,7 +116,7 @@ def train(model, examples, steps, run, args):
         # Update these rows, and nothing else.
         norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
         factor = smf.learning_rate(step, steps, args.warmup)
-        smf.log(run, step=step, loss=loss, lr=factor * args.lr, grad_norm=norm,
+        smf.log(run, step=step, loss=all_reduce(loss).item(), lr=factor * args.lr, grad_norm=norm,
                 rows=[len(updates[f"{name}.values"][0]) for name in memories])
         for name, (selected, gradient) in updates.items():
             lr = factor * (args.alpha_lr if name in alphas else args.lr)
@@ -127,11 +126,10 @@ def train(model, examples, steps, run, args):
             smf.save_checkpoint(run, step + 1, **{name: optimizer.state_dict()
                                                   for name, optimizer in optimizers.items()})
 
-    learned = dict(alphas)
     for name, memory in memories.items():
-        learned[f"{name}.values:rows"] = rows = optimizers[f"{name}.values"].rows
-        learned[f"{name}.values:values"] = memory.values[rows]
-    return learned
+        rows = optimizers[f"{name}.values"].rows
+        alphas |= {f"{name}.values:rows": rows, f"{name}.values:values": memory.values[rows]}
+    return alphas
 
 
 def load_parent(args):

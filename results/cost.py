@@ -5,8 +5,7 @@
     python results/cost.py --to results/qwen2.5-0.5b/cost.md
 
 Steps are raced in pairs: each training loop runs in a process of its own, and the two take turns
-step by step. Ratios are of medians. With peft installed, its LoRA is raced, too.
-"""
+step by step. Ratios are of medians. With peft installed, its LoRA is raced, too."""
 
 import argparse
 import importlib.util
@@ -80,8 +79,7 @@ def plain_loop(model, examples, steps, run, args):
         optimizer.zero_grad()
 
 
-def peak_memory(device):
-    """GiB: of the tensors on a GPU, else of this process, as Linux tells it."""
+def peak_memory(device):  # GiB: of the tensors on a GPU, else of this process
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
@@ -96,10 +94,9 @@ def prepare(name, model):
     elif name == "LoRA":
         baselines.add_lora(model)
     elif name == "peft's LoRA":
-        import peft
-        peft.inject_adapter_in_model(peft.LoraConfig(
-            r=baselines.RANK, lora_alpha=baselines.ALPHA, lora_dropout=baselines.DROPOUT,
-            target_modules="all-linear"), model)
+        from peft import LoraConfig, inject_adapter_in_model
+        inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05,
+                                           target_modules="all-linear"), model)
     else:
         smf.retrofit(model, layers, "additive", 1.0, n_keys=1024 if "1,048,576" in name else 128)
         if name in ("stage 1", "plain AdamW loop"):
@@ -110,8 +107,8 @@ def prepare(name, model):
 
 
 def train(name, config, args, mine, other, results):
-    """A runner of a race: the loop of `name` on one batch. Puts into `results` the seconds of a
-    step and the GiB of peak memory beyond the base model, and beyond that without value tables."""
+    """A runner of a race, the loop of `name` on one batch: puts into `results` the seconds of a
+    step, the GiB of peak memory beyond the base model, and the same without value tables."""
     sys.stdout = open(os.devnull, "w")
     model = random_model(config, args.device)
     before, script = peak_memory(args.device), prepare(name, model)
@@ -126,35 +123,33 @@ def train(name, config, args, mine, other, results):
     examples.end_step()
     tables = sum(memory.values.nbytes for memory in smf.memories(model).values()) / 2**30
     peak = peak_memory(args.device) - before
-    results.put((name, median(examples.seconds[1:]), peak, peak - tables))  # the first: to warm up
+    results.put((name, median(examples.seconds[1:]), peak, peak - tables))  # the first warms up
 
 
 def race(pair, config, args):
     """-> {column: "own / other = ratio"} of the two."""
     context = multiprocessing.get_context("spawn")
     turns, results = [context.Semaphore(1), context.Semaphore(0)], context.SimpleQueue()
-    runners = [context.Process(target=train, args=(name, config, args, turns[i], turns[1 - i],
-                                                   results), daemon=True)
-               for i, name in enumerate(pair)]
+    runners = [context.Process(target=train, daemon=True, args=(
+        name, config, args, turns[i], turns[1 - i], results)) for i, name in enumerate(pair)]
     for runner in runners:
         runner.start()
     while any(runner.is_alive() for runner in runners):
         time.sleep(0.2)
         if any(runner.exitcode for runner in runners):  # 0 or None while all is well
-            raise smf.BadInput(f"{' or '.join(pair)} ended early, as when memory runs out; give a "
-                               f"smaller --batch-size or --max-length")
+            raise smf.BadInput(f"{pair}: one ended early, as when memory runs out; give less "
+                               f"--batch-size or --max-length")
     found = {name: figures for name, *figures in (results.get() for _ in pair)}
-    columns = ("s/step", "GiB beyond the base", "and beyond V")
-    return {column: f"{own:.3g} / {other:.3g} = {own / other:.2f}"
-            for column, own, other in zip(columns, *(found[name] for name in pair))}
+    return {column: f"{own:.3g} / {other:.3g} = {own / other:.2f}" for column, own, other in zip(
+        ("s/step", "GiB beyond the base", "and beyond V"), *(found[name] for name in pair))}
 
 
 @torch.no_grad()
 def inference(config, args, prompt=128, new=8):
     """{model: {column: text}}: speed of a prompt of 128 tokens and of decoding, one sequence, the
     models in turn, medians; and what is stored for each."""
-    names = ("base", "base again", "additive", "replacement", "LoRA")
-    models = {name: random_model(config, args.device) for name in names}
+    models = {name: random_model(config, args.device)
+              for name in ("base", "base again", "additive", "replacement", "LoRA")}
     depth = config.num_hidden_layers
     for mode in ("additive", "replacement"):
         smf.retrofit(models[mode], [depth // 4, depth // 2, 3 * depth // 4], mode, 1.0)
@@ -165,8 +160,7 @@ def inference(config, args, prompt=128, new=8):
     ids = torch.randint(config.vocab_size, (1, prompt), device=args.device)  # (1, prompt)
     work = {"prefill": lambda model: model(ids, logits_to_keep=1).logits.sum().item(),
             "decode": lambda model: model.generate(
-                ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False,
-                min_new_tokens=new, max_new_tokens=new)}
+                ids[:, :1], do_sample=False, min_new_tokens=new, max_new_tokens=new)}
     seconds = {(name, what): [] for name in models for what in work}
     for _ in tqdm(range(5 * args.rounds + 1), "inference", leave=False):  # the first to warm up
         for name, what in seconds:
@@ -188,17 +182,15 @@ def main(argv=None):
     add("--model", help="directory of a model, for its shape (Qwen2.5-0.5B's)")
     add("--batch-size", type=int, default=16)
     add("--micro-batch-size", type=int, default=4)
-    add("--max-length", type=int, default=64, help="tokens of an example, at least 17; of which "
-        "the last 16 are learned, in stage 1 all")
+    add("--max-length", type=int, default=64, help="tokens; the last 16 (stage 1: all) are learned")
     add("--rounds", type=int, default=5, help="steps of each race, and a fifth of the inferences")
     add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
     add("--to", type=Path, help="file for the tables, too")
     args = parser.parse_args(argv)
-    config = Qwen2Config(**QWEN)
-    if args.model:
-        config = AutoConfig.from_pretrained(smf.find(args.model, "model"))
+    config = (AutoConfig.from_pretrained(smf.find(args.model, "model")) if args.model else
+              Qwen2Config(**QWEN))
     steps = {" / ".join(pair): race(pair, config, args) for pair in tqdm(RACES, "races")}
-    text = "\n\n".join([evaluation.table(steps), evaluation.table(inference(config, args))]) + "\n"
+    text = f"{evaluation.table(steps)}\n\n{evaluation.table(inference(config, args))}\n"
     print(text)
     if args.to:
         smf.write_atomic(args.to, lambda path: path.write_text(text))

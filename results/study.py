@@ -4,10 +4,9 @@
     python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
                                                 # or smollm2-medmcqa, smollm2-stage-1; a day or two
 
-Runs go to out/STUDY. Those that are there are skipped, so the same command goes on with a study.
-results/STUDY gets tables.md (test split, chosen rates), frontier.png (validation, every rate), its
-first row headline.png, stage-1.png and results.json. DATA_DIR has trivia_qa, wikitext, oasst1, medmcqa.
-"""
+Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
+results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
+every rate), stage-1.png, results.json. DATA_DIR has trivia_qa, wikitext, oasst1 and medmcqa."""
 
 import argparse
 import json
@@ -36,29 +35,24 @@ TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --tri
         "{data}/trivia_qa --wikitext-data {data}/wikitext --eval-tokens 32768 --stride 896 ")
 FACTS = TASK + ("--task facts --facts-data {data}/trivia_qa --num-facts 160 --steps 150 "
                 "--eval-examples 300")
-MEDMCQA = TASK + "--task medmcqa --medmcqa-data {data}/medmcqa --steps 60 --eval-examples 500"
 BASE = "--dtype bfloat16 --model {model}"
-TINY_STARTS = {"additive-fresh": "--steps 0", "additive-retrofit": "",
-               "replacement-retrofit": "--mode replacement"}
 SMOLLM2_STARTS = {"additive-fresh": CHATS + "--steps 0", "additive-retrofit": CHATS + "--steps 70",
                   "replacement-retrofit": CHATS + "--steps 70 --mode replacement --lr 2e-3"}
 STAGE_1 = {"untrained": "--steps 280 --lr 1e-9 --alpha-lr 1e-9", "280-steps": "--steps 280",
            "lr2e-3": "--steps 70 --lr 2e-3", "alpha0.01": "--steps 70 --alpha 0.01",
            "lr2e-3-alpha0.01": "--steps 70 --lr 2e-3 --alpha 0.01",
            "not-normalised": "--steps 70 --lr 2e-3 --query-momentum 0"}
-SMOLLM2_FRESH = {  # {rates: conditions}
+SMOLLM2 = {  # {rates: conditions}
     "4 8": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
            "additive-tfidf+s-fresh additive-tfidf",
     "0.25 0.5": "additive-all-fresh", "16 32": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
     "1 2": "additive-tfidf-fresh-t2000 replacement-tfidf", "3e6 6e6": "additive-tfidf-fresh-sgd"}
-SMOLLM2_STAGED = {
-    "4 8": " additive-kl additive-count additive-random additive-tfidf+s", "2e-5 4e-5": "full",
-    "0.25 0.5": " additive-all", "16 32": " additive-tfidf-t100", "1 2": " additive-tfidf-t2000",
-    "3e6 6e6": " additive-tfidf-sgd"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone. sweep: the seeds that choose the rate. rates: {rates: conditions}, see command().
 STUDIES = {
-    "tiny": dict(starts=TINY_STARTS, flags="", base="", sweep=SEEDS, rates={
+    "tiny": dict(flags="", base="", sweep=SEEDS, starts={
+        "additive-fresh": "--steps 0", "additive-retrofit": "",
+        "replacement-retrofit": "--mode replacement"}, rates={
         "0.03 0.1 0.2 0.3 0.5": "additive-tfidf additive-kl additive-count additive-random "
                                 "additive-all additive-tfidf+s additive-kl+s additive-tfidf-t2000 "
                                 "additive-tfidf-fresh",
@@ -66,15 +60,16 @@ STUDIES = {
         "300 1000 3000 6000 10000": "additive-tfidf-sgd additive-all-sgd",
         "0.01 0.03 0.1 0.2 0.3": "replacement-tfidf replacement-kl",
         "1e-4 2e-4 3e-4 1e-3 3e-3": "lora", "3e-5 1e-4 2e-4 3e-4 1e-3": "full"}),
-    "tiny-medmcqa": dict(starts={"additive-retrofit": ""}, flags="--task medmcqa", base="",
-                         sweep=SEEDS, rates={"0.5": "additive-tfidf additive-kl", "1e-3": "lora",
-                                             "2e-4": "full"}),
-    "smollm2-facts": dict(
-        starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,),
-        rates={rates: SMOLLM2_FRESH.get(rates, "") + SMOLLM2_STAGED.get(rates, "")
-               for rates in SMOLLM2_FRESH | SMOLLM2_STAGED}),
-    "smollm2-medmcqa": dict(starts=SMOLLM2_STARTS, flags=MEDMCQA, base=BASE, sweep=(0,),
-                            rates=SMOLLM2_FRESH | {"4e-5 8e-5": "full"}),
+    "tiny-medmcqa": dict(
+        flags="--task medmcqa", base="", sweep=SEEDS, starts={"additive-retrofit": ""},
+        rates={"0.5": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
+    "smollm2-facts": dict(  # the same conditions after stage 1, too
+        starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,), rates={
+            rates: f"{names} {names.replace('-fresh', '')}" for rates, names in SMOLLM2.items()} | {
+            "2e-5 4e-5": "full"}),
+    "smollm2-medmcqa": dict(
+        starts=SMOLLM2_STARTS, base=BASE, sweep=(0,), rates=SMOLLM2 | {"4e-5 8e-5": "full"},
+        flags=TASK + "--task medmcqa --medmcqa-data {data}/medmcqa --steps 60 --eval-examples 500"),
     "smollm2-stage-1": dict(
         starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE,
         sweep=(0,), rates={"1 2 4 8": "after-280-steps", "0.5 1 2 4 8": "after-lr2e-3", "8":
@@ -84,17 +79,17 @@ HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-
             "additive-all-fresh", "lora", "full")  # headline.png; frontier.png has the others, too
 
 
-def command(condition, base):
+def command(condition, out, seed, base):
     """additive-tfidf+s-fresh-t100-sgd -> the script and flags that make it, but rate and task."""
     if condition in ("lora", "full"):
         return f"baselines.py --method {condition} {base}"
     if condition.startswith("after-"):
-        return f"train_sparse.py --parent OUT/{condition[6:]}-seedSEED"
+        return f"train_sparse.py --parent {out}/{condition[6:]}-seed{seed}"
     mode, scorer, *rest = condition.split("-")
-    flags = [f"--parent OUT/{mode}-{'fresh' if 'fresh' in rest else 'retrofit'}-seedSEED --scorer",
-             scorer.removesuffix("+s"), "--train-alpha" * scorer.endswith("+s")]
+    start = f"{out}/{mode}-{'fresh' if 'fresh' in rest else 'retrofit'}-seed{seed}"
+    flags = ["--train-alpha"] * scorer.endswith("+s") + ["--optimizer sgd"] * ("sgd" in rest)
     flags += [f"--top-t {part[1:]}" for part in rest if part[0] == "t"]
-    return " ".join(["train_sparse.py", *flags, "--optimizer sgd" * ("sgd" in rest)])
+    return f"train_sparse.py --parent {start} --scorer {scorer.split('+')[0]} {' '.join(flags)}"
 
 
 def run_all(commands, args):
@@ -107,8 +102,7 @@ def run_all(commands, args):
             raise smf.BadInput(f"{command}: {done.stderr.strip().splitlines()[-1]}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for command in commands[:1]:
-            go(command)
+        list(map(go, commands[:1]))
         list(tqdm(pool.map(go, commands[1:]), total=len(commands[1:]), desc="runs", leave=False))
 
 
@@ -122,15 +116,15 @@ def figures(run, split):
     result = measured(run)
     if result:
         before = measured(evaluation.parent_of(run))["knowledge right"]
-        kept = [now for now, then in zip(result["knowledge right"], before) if then]
-        result["kept"] = evaluation.mean(kept)
+        result["kept"] = evaluation.mean(
+            [now for now, then in zip(result["knowledge right"], before) if then])
     return result and {name: (result[name]["value"], result[name]["stderr"])
                        for name in evaluation.DIGITS if name in result}
 
 
 def choose(swept):
-    """{rate: {seed: figures}}, validation split -> the least rate whose mean target is within one
-    standard error of the best (over seeds; of one seed, over its questions)."""
+    """{rate: {seed: figures}} -> the least rate whose mean target is within one standard error of
+    the best (over seeds; of one seed, over its questions)."""
     mean = {rate: fmean(row["target"][0] for row in swept[rate].values()) for rate in swept}
     best = max(mean, key=mean.get)
     values = [row["target"][0] for row in swept[best].values()]
@@ -139,22 +133,20 @@ def choose(swept):
 
 
 def study(plan, out, args):
-    """Make the runs in `out` -> {condition: {"validation": {rate: {seed: figures}}, "chosen": rate,
-    "test": {seed: figures}}}; of the base and the starts, the rate is ""."""
+    """Make the runs -> {condition: {"validation": {rate: {seed: figures}}, "chosen": rate, "test":
+    {seed: figures}}}. The rate of the base and the starts is ""."""
     rates = {c: rates.split() for rates, names in plan["rates"].items() for c in names.split()}
 
     def path(c, rate, seed):
-        name = f"{c}-lr{rate}-seed{seed}" if rate else f"{c}-seed{seed}"
-        return out / ("base" if c == "base" else name)
+        return out / (c if c == "base" else f"{c}{f'-lr{rate}' if rate else ''}-seed{seed}")
 
     def rows(c, rate, seeds, split):
-        found = {s: figures(path(c, rate, s), split) for s in seeds[:1 if c == "base" else None]}
-        return {seed: row for seed, row in found.items() if row}
+        return {seed: row for seed in (seeds if c != "base" else (0,))
+                if (row := figures(path(c, rate, seed), split))}
 
     def make(wanted, split):  # [(condition, rate, seed)]
-        run_all([f"{ROOT}/{command(c, plan['base'])} {plan['flags']} --lr {rate} --seed {seed} "
-                 f"--split {split} --out {path(c, rate, seed)}".replace("SEED", str(seed))
-                 .replace("OUT", str(out))
+        run_all([f"{ROOT}/{command(c, out, seed, plan['base'])} {plan['flags']} --lr {rate} "
+                 f"--seed {seed} --split {split} --out {path(c, rate, seed)}"
                  for c, rate, seed in wanted if not rows(c, rate, [seed], split)], args)
 
     run_all([f"{ROOT}/train_retrofit.py {flags} --seed {seed} --out {path(c, '', seed)}"
@@ -180,13 +172,13 @@ def accounting(run):
         base = evaluation.parent_of(base)
     size, before = (sum(p.numel() for p in m.parameters()) for m in (model, smf.load(base)[0]))
     touched = sum(len(tensor) for name, tensor in delta.items() if name.endswith(":rows"))
-    alphas = sum(tensor.numel() for name, tensor in delta.items() if name.endswith(".alpha"))
     stored = updated = sum(tensor.numel() for tensor in delta.values())
     if touched:
         stored = sum(p.numel() for name, p in model.named_parameters()
                      if name in smf.memory_state(model))
         rows = fmean(sum(line["rows"]) for line in metrics(run))
-        updated = round(rows * model.get_input_embeddings().embedding_dim) + alphas
+        updated = round(rows * model.get_input_embeddings().embedding_dim)
+        updated += sum(name.endswith(".alpha") for name in delta)
     return {"parameters stored": f"{stored:,}", "net change at inference": f"{size - before:,}",
             "updated per step": f"{updated:,}", "rows touched": f"{touched:,}" * bool(touched),
             "file, MB": f"{(run / 'delta.safetensors').stat().st_size / 1e6:.2f}"}
@@ -194,26 +186,22 @@ def accounting(run):
 
 def cells(rows):
     """{seed: figures} -> {measure: "mean ± standard deviation"}"""
-    values = {name: [row[name][0] for row in rows.values() if name in row]
-              for name in evaluation.DIGITS}
-    digits = evaluation.DIGITS
-    return {name: " ± ".join(f"{mean(v):.{digits[name]}f}" for mean in (fmean, stdev)[:len(v)])
-            for name, v in values.items() if v}
+    return {name: " ± ".join(f"{f(values):.{digits}f}" for f in (fmean, stdev)[:len(values)])
+            for name, digits in evaluation.DIGITS.items()
+            if (values := [row[name][0] for row in rows.values() if name in row])}
 
 
 def plot(pyplot, result, panels, path):
     """Target against perplexity and knowledge, on the validation split at every rate, means over
     seeds; the chosen rate ringed, the base a line. panels: lists of conditions, a row each."""
-    figure, axes = pyplot.subplots(len(panels), 2, figsize=(13, 5 * len(panels)), squeeze=False,
-                                   layout="tight")
-    for names, pair in zip(panels, axes):
+    figure = pyplot.figure(figsize=(13, 5 * len(panels)), layout="tight")
+    for names, pair in zip(panels, figure.subplots(len(panels), 2, squeeze=False)):
         for axis, probe in zip(pair, ("perplexity", "knowledge")):
             for c, style in zip(names, product(("-", "--"), "osD^v<>P*X")):
-                x, y = ({rate: fmean(row[name][0] for row in rows.values())
-                         for rate, rows in result[c]["validation"].items()}
-                        for name in ("target", probe))
+                swept, at = result[c]["validation"], result[c]["chosen"]
+                x, y = ({rate: fmean(row[name][0] for row in swept[rate].values())
+                         for rate in swept} for name in ("target", probe))
                 line, = axis.plot(x.values(), y.values(), "".join(style), label=c)
-                at = result[c]["chosen"]
                 axis.plot(x[at], y[at], style[1], ms=14, mfc="none", color=line.get_color())
             base = result["base"]["validation"][""][0][probe][0]
             axis.axhline(base, color="black", lw=0.8, label="base")
@@ -224,9 +212,8 @@ def plot(pyplot, result, panels, path):
     figure.savefig(path, dpi=80)
 
 
-def plot_stage_1(pyplot, runs, path):
-    """Stage 1, what each batch reads of each memory, and its loss, a running mean of ten, less that
-    of the first run, against the step."""
+def plot_stage_1(pyplot, runs, to):
+    """Of each step of stage 1 its loss, less the first run's, a running mean of ten; usage; KL."""
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="tight")
     first = torch.tensor([line["loss"] for line in metrics(runs[0])])  # (steps,)
     for i, run in enumerate(runs):
@@ -237,7 +224,7 @@ def plot_stage_1(pyplot, runs, path):
             axis.plot(y, color=f"C{i}", label=run.name)
             axis.set(xlabel="step", title=title)
     axes[0].legend(fontsize="x-small")
-    figure.savefig(path, dpi=80)
+    figure.savefig(to / "stage-1.png", dpi=80)
 
 
 def main(argv=None):
@@ -248,29 +235,24 @@ def main(argv=None):
     parser.add_argument("--data", help="smollm2: directory of the data sets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     args = parser.parse_args(argv)
-    if args.study.startswith("smollm2") and not (args.model and args.data):
+    if "smollm2" in args.study and not (args.model and args.data):
         raise smf.BadInput(f"{args.study}: give --model and --data")
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise smf.BadInput("the figures need matplotlib: pip install matplotlib") from None
-    pyplot.switch_backend("Agg")  # needs no screen
+    from matplotlib import pyplot  # for the figures alone: pip install matplotlib
     plan, out, to = STUDIES[args.study], Path("out", args.study), Path("results", args.study)
     result = study(plan, out, args)
     tables = [evaluation.table({
         f"{c}, lr {d['chosen']} of {', '.join(d['validation'])}" if d["chosen"] else c:
         cells(d["test"]) for c, d in result.items()})]
-    learned = [c for c in result if result[c]["chosen"]]
-    tables += ["What it costs, as in Table 3 of [Gupta26]", evaluation.table({
-        c: accounting(out / f"{c}-lr{result[c]['chosen']}-seed0") for c in learned})]
+    learned = {c: d["chosen"] for c, d in result.items() if d["chosen"]}
+    tables += ["What it costs, as in Table 3 of [Gupta26]", evaluation.table(
+        {c: accounting(out / f"{c}-lr{rate}-seed0") for c, rate in learned.items()})]
     to.mkdir(parents=True, exist_ok=True)
     (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
     panels = [[c for c in learned if (c in HEADLINE) == first] for first in (True, False)]
     plot(pyplot, result, panels[:1], to / "headline.png")
     plot(pyplot, result, panels, to / "frontier.png")
-    plot_stage_1(pyplot, [out / f"{c}-seed0" for c in plan["starts"]
-                          if (out / f"{c}-seed0/metrics.jsonl").exists()], to / "stage-1.png")
+    plot_stage_1(pyplot, [out / f"{c}-seed0" for c in plan["starts"] if "fresh" not in c], to)
     print(*tables, sep="\n\n")
 
 
