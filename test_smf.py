@@ -711,20 +711,19 @@ def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_pat
     args, (model, tokenizer) = train_retrofit.parse(flags), smf.load_base("tiny/model")
     torch.manual_seed(3)
     smf.retrofit(model, [1, 2, 3], "additive", 1.0, n_keys=32, heads=4, k_dim=32, top_k=4)
-    chats = train_retrofit.general_chats(args)[128:192]
-    data = [smf.encode(tokenizer, *chat, 128) for chat in chats]
+    data = [smf.encode(tokenizer, *c, 128) for c in train_retrofit.general_chats(args)[128:192]]
     batch = smf.collate(data[:40])
     for name, (x, *_) in smf.read_only(model, batch).items():
         memory = model.get_submodule(name)
-        query = x[batch["attention_mask"].bool()] @ memory.query.weight.T  # (S, H * k_dim)
+        query = x[batch["attention_mask"].bool()] @ memory.query.weight.detach().T
         memory.query_mean.copy_(query.mean(0))
         memory.query_var.copy_(query.var(0, correction=0))
     before, lines, (alphas, others) = state_of(model), metrics(tmp_path / "run"), ([], [])
     for parameter in model.parameters():
         if parameter.requires_grad:
             (others if parameter.dim() else alphas).append(parameter)
-    groups = [{"params": others}, {"params": alphas}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0, eps=1e-12)
+    optimizer = torch.optim.AdamW([{"params": p} for p in (others, alphas)], eps=1e-12,
+                                  weight_decay=0)
     for step, batch in smf.batches(data, 16, 3, 0, 4):
         library_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_([*others, *alphas], 1.0)
