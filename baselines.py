@@ -119,10 +119,10 @@ def main(argv=None):
     dtype = args.dtype if lora else "float32"
     model, tokenizer = smf.load_base(args.model, dtype, args.device)
     examples = evaluation.training_examples(model, tokenizer, data, args)
-    steps = args.steps or args.epochs * (len(examples) // args.batch_size)
+    steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
     config = {"base": smf.base_name(args.model), "parent_sha256": smf.weights_sha256(model),
               "dtype": "float32", "trained_in": args.dtype, "steps": steps,
-              "data": smf.sha256(json.dumps(examples).encode())}
+              "data": smf.sha256(json.dumps(examples).encode()).hexdigest()}
     if lora:  # dropout draws its masks a micro-batch at a time
         config["micro_batch_size"] = args.micro_batch_size
     smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)

@@ -126,7 +126,8 @@ def load_facts(args):
         raise smf.BadInput(f"--num-facts {args.num_facts}: {name} has {len(ids)}")
     other = args.split in splits and args.split != taught
     asked = load_trivia("--facts-data", name, args.split) if other else rows
-    train, target = ([q for number, q in part if number in set(ids)] for part in (rows, asked))
+    ids = set(ids)
+    train, target = ([q for number, q in part if number in ids] for part in (rows, asked))
     return train, [q for q in target if not names_its_answer(q)]
 
 
@@ -145,7 +146,8 @@ def load_medmcqa(args):
 
     def question(row):
         options = [f"{letter}. {row[name]}" for letter, name in zip("ABCD", columns[1:])]
-        if not all(isinstance(row[name], str) for name in columns[:5]) or row["cop"] not in range(4):
+        text = is_text(row["question"]) and all(isinstance(row[o], str) for o in columns[1:5])
+        if not text or type(row["cop"]) is not int or row["cop"] not in range(4):
             raise smf.BadInput(f"--medmcqa-data {args.medmcqa_data}: {row}: give four options as "
                                f"text, and in cop the index of the right one, 0 to 3")
         prompt = "\n".join([row["question"], *options, "Answer:"])
@@ -164,7 +166,7 @@ def load_data(args):
                 ] if args.untaught_data else []
     rows = smf.load_rows("--wikitext-data", args.wikitext_data, "test", ("text",))
     text = "\n\n".join(text or "" for text in rows["text"])
-    if not target or not knowledge or not text.strip() or args.eval_tokens == 1:
+    if not target or not knowledge or not text.strip():
         raise smf.BadInput("--facts-data, --trivia-data, --wikitext-data: after those that are "
                            "taught or name their own answer, no question, or no text, is left")
     if args.stride >= args.window:
@@ -179,7 +181,12 @@ def training_examples(model, tokenizer, data, args):
         raise smf.BadInput(f"--window {args.window}: the model sees {context_length(model)} tokens")
     if len(data.train) < args.batch_size:
         raise smf.BadInput(f"--batch-size {args.batch_size}: only {len(data.train)} to learn")
-    return [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+    long = sum(len(ids) == args.max_length for ids, _ in examples)
+    if long:
+        print(f"{long} of {len(examples)} examples fill --max-length {args.max_length}: more is "
+              f"cut off")
+    return examples
 
 
 # Measures
@@ -328,9 +335,9 @@ SETTINGS = ("task", "facts_data", "num_facts", "medmcqa_data", "num_questions", 
 def evaluate_run(run, data, args):
     """evaluate(), in float32, kept in RUN/eval.json for each split and setting."""
     settings = {name: vars(args)[name] for name in SETTINGS}
-    settings["data"] = smf.sha256(json.dumps(data[1:]).encode())
+    settings["data"] = smf.sha256(json.dumps(data[1:]).encode()).hexdigest()
     key, file = json.dumps(settings, sort_keys=True), run / "eval.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = smf.read_json(file) if file.exists() else {}
     if key not in results:
         print(f"evaluating {run} on the {args.split} split")
         model, tokenizer = smf.load(run, args.device)
@@ -348,8 +355,7 @@ def parent_of(run):
     base = run.parent / "base"
     own = {name: config[name] for name in ("base", "parent_sha256", "dtype")}
     if not smf.finished(base):
-        base.mkdir(exist_ok=True)
-        smf.write_json(base / "config.json", own)
+        smf.start_run(base, own, argparse.Namespace())
         smf.finish_run(base, {})
     if smf.read_config(base)["parent_sha256"] != config["parent_sha256"]:
         raise smf.BadInput(f"{base}: is another model than that of {run}; give the runs of each "
@@ -391,7 +397,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
     add_flags(parser)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+    given = {name: value for name, value in vars(smf.parse(parser, {}, argv)).items()
              if value is not None}
     runs = given.pop("runs") or [path.parent for path in sorted(Path("out").glob("*/*/eval.json"))]
     tables = {}  # settings: {run: cells}

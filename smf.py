@@ -15,15 +15,15 @@ Shapes in comments: B examples, T tokens of each, D model width, H heads, K rows
 n sub-keys per half, N = n * n rows, t selected rows, S tokens of a whole batch without padding.
 """
 
-import hashlib
 import json
 import math
 import os
 import resource
 import sys
 import time
+from collections import namedtuple
+from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import huggingface_hub
@@ -67,10 +67,9 @@ class ProductKeyMemory(nn.Module):
             nn.init.normal_(weight, std=d_model**-0.5)
         self.register_buffer("query_mean", torch.zeros(heads * k_dim))
         self.register_buffer("query_var", torch.ones(heads * k_dim))
-        # The background, which part 3 collects: how general text reads each row.
         self.register_buffer("doc_freq", torch.zeros(n_keys**2, dtype=torch.int64))
         self.register_buffer("background_counts", torch.zeros(n_keys**2, dtype=torch.int64))
-        self.register_buffer("num_batches", torch.tensor(0))
+        self.register_buffer("num_batches", torch.tensor(0))  # these three: part 3 sets them
         self.last = self.dy = None  # what the last forward pass read, until it is collected
 
     def lookup(self, x):
@@ -108,9 +107,8 @@ class ProductKeyMemory(nn.Module):
     @torch.no_grad()
     def track_queries(self, x, momentum):
         """Move the running mean and variance of the queries towards those of tokens x (S, D).
-        Without normalised queries, training can make all tokens read the same few rows [Lample19
-        section 4]. differs: the running statistics are used in training, too, so padding and
-        micro-batches change nothing."""
+        Without them training can make all tokens read the same few rows [Lample19 section 4].
+        differs: they are used in training, too, so padding and micro-batches change nothing."""
         query = self.query(x)  # (S, H * k_dim)
         self.query_mean.lerp_(query.mean(0), momentum)
         self.query_var.lerp_(query.var(0, correction=0), momentum)
@@ -178,11 +176,6 @@ def retrofit(model, layers, mode="additive", alpha=0.01, **shape):
 
 # 3. Counting reads
 
-def count_reads(rows, n_rows):
-    """How often each of the n_rows = N rows occurs in `rows`, of any shape -> (N,) int64."""
-    return torch.bincount(rows.flatten(), minlength=n_rows)  # (N,)
-
-
 @torch.no_grad()
 def read_only(model, batch):
     """A forward pass of a batch, for its reads alone -> {name: memory.collect()}."""
@@ -204,7 +197,7 @@ def collect_background(model, batches):
         for name, (_, rows, _, _) in read_only(model, batch).items():
             memory = model.get_submodule(name)
             for read, mask in zip(rows, batch["attention_mask"].bool()):  # (T, H, K), (T,)
-                counts = count_reads(read[mask], len(memory.values))  # (N,)
+                counts = torch.bincount(read[mask].flatten(), minlength=len(memory.values))  # (N,)
                 memory.doc_freq += counts > 0
                 memory.background_counts += counts
                 memory.num_batches += 1
@@ -266,9 +259,9 @@ def row_gradient(selected, rows, weights, dy, n_rows):
 class RowOptimizer:
     """AdamW (without decay) or SGD for the rows of a table that a step selects; no other row moves.
 
-    Each row has its own moments and its own age, the number of steps that selected it. To a row,
-    the steps that did not select it never happened. The state grows with the rows ever selected,
-    not with the table. eps is small because alpha scales gradients down, to about 1e-8."""
+    Each row has its own moments and its own age: to a row, the steps that did not select it never
+    happened. The state grows with the rows ever selected, not with the table. eps is small because
+    alpha scales gradients down, to about 1e-8."""
 
     def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12):
         self.values, self.kind, self.betas, self.eps = values, kind, betas, eps
@@ -329,21 +322,25 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except Exception as error:  # a full disk, say, which each library tells in its own way
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({error}); what it was before is kept") from None
+        raise BadInput(f"{path}: cannot be written, is the disk full? ({error})") from None
 
 
 def write_json(path, value):
     write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 def weights_sha256(model):
     """In bfloat16, so that it does not depend on the precision that the model is loaded in."""
     weights = (p.cpu().bfloat16().contiguous() for p in model.state_dict().values())
-    return sha256("".join(sha256(w.view(torch.uint8).numpy()) for w in weights).encode())
+    each = (sha256(w.view(torch.uint8).numpy()).hexdigest() for w in weights)
+    return sha256("".join(each).encode()).hexdigest()
 
 
 def find(name, kind):
@@ -363,8 +360,9 @@ def load_base(name, dtype="float32", device="cpu"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("its tokenizer has no end token")
+        end, known = tokenizer.eos_token_id, model.get_input_embeddings().num_embeddings
+        if end is None or end >= known or not tokenizer("Who?")["input_ids"]:
+            raise ValueError("its tokenizer has no end token that the model knows, or no words")
         return model.to(device).requires_grad_(False).eval(), tokenizer
     except Exception as error:  # no network, no such name, a strange model: the remedy is the same
         raise BadInput(f"--model {name}: cannot be loaded ({error}); name a directory or a hub "
@@ -380,7 +378,7 @@ def base_name(name):
 @torch.no_grad()
 def apply_delta(model, delta):
     """Put changed tensors into a model. NAME: all of it; NAME:rows and NAME:values: those rows of
-    it; NAME:A and NAME:B: W + B A, as of LoRA."""
+    it; NAME:A and NAME:B: W + B A, as of LoRA. Raises if a tensor does not fit."""
     own = model.state_dict()  # shares memory with the model
     delta = {name: tensor.to(model.device) for name, tensor in delta.items()}
     for key, tensor in delta.items():
@@ -388,9 +386,11 @@ def apply_delta(model, delta):
         if part == "A":
             own[name] += delta[f"{name}:B"] @ tensor
         elif part == "rows":
-            own[name][tensor] = delta[f"{name}:values"].view(len(tensor), -1)
-        elif part == "":
-            own[name].copy_(tensor.view(own[name].shape))
+            own[name][tensor] = delta[f"{name}:values"].view(len(tensor), own[name].shape[1])
+        elif part == "" and tensor.shape == own[name].shape:
+            own[name].copy_(tensor)
+        elif f"{name}:{dict(values='rows', B='A').get(part)}" not in delta:
+            raise ValueError(f"{key} does not fit the model")
 
 
 def finished(run):
@@ -398,27 +398,28 @@ def finished(run):
 
 
 def read_config(run):
-    try:
-        config = dict(json.loads(Path(run, "config.json").read_text()))
-        if "kind" in config:
-            script = {"retrofit": "train_retrofit", "sparse": "train_sparse"}.get(config["kind"])
-            raise ValueError(f"it is of the first version of this code; delete it and make it "
-                             f"again: python {script or 'baselines'}.py")
-        return config
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{run}: cannot be used as a run: {error}") from None
+    config = read_json(Path(run, "config.json"))
+    if "kind" in config:
+        script = {"retrofit": "train_retrofit", "sparse": "train_sparse"}.get(config["kind"])
+        raise BadInput(f"{run}: is a run of the first version of this code; delete it and make "
+                       f"it again with python {script or 'baselines'}.py")
+    return config
+
+
+def run_sha256(run):
+    config = json.dumps(read_config(run) | {"flags": None})  # flags decide nothing
+    return sha256(config.encode() + Path(run, "delta.safetensors").read_bytes()).hexdigest()
 
 
 def load(run, device="cpu"):
-    """A run -> (model, tokenizer), ready for model.generate. Raises BadInput if the run is
-    unfinished or damaged, or if its parent is not what it was."""
+    """A run -> (model, tokenizer), ready for model.generate. BadInput if any part is not intact."""
     run, config = Path(run), read_config(run)
     try:
         delta = load_file(run / "delta.safetensors")
         if "parent" in config:
             parent = Path(os.path.normpath(run / config["parent"]))
             model, tokenizer = load(parent, device)
-            found = sha256((parent / "delta.safetensors").read_bytes())
+            found = run_sha256(parent)
         else:
             model, tokenizer = load_base(config["base"], config["dtype"], device)
             found = weights_sha256(model)
@@ -439,8 +440,7 @@ def load(run, device="cpu"):
 
 
 def start_run(run, config, args):
-    """Write config.json; of a run that is there, check that it is this one, to go on with it.
-    "flags", all arguments, are for the record and may differ."""
+    """Write config.json, or check that it says the same; "flags", all arguments, may differ."""
     config = json.loads(json.dumps(config | {"flags": vars(args)}, default=str))
     if RANK == 0 and (run / "config.json").exists():
         old = read_config(run)
@@ -448,9 +448,12 @@ def start_run(run, config, args):
         if other:
             raise BadInput(f"--out {run}: was made with another {', '.join(other)}; give the same, "
                            f"name another directory, or delete this one")
+        if finished(run):  # killed, perhaps, just before it dropped its checkpoint
+            (run / "checkpoint.pt").unlink(missing_ok=True)
     elif RANK == 0:
-        if run.exists() and not (run.is_dir() and all(f.suffix == ".tmp" for f in run.iterdir())):
-            raise BadInput(f"--out {run}: is there and no run; name another directory")
+        free = not run.exists() or run.is_dir() and all(f.suffix == ".tmp" for f in run.iterdir())
+        if not free or run.name == "base" and vars(args):
+            raise BadInput(f"--out {run}: is no run, or kept for the base; name another directory")
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", config)
 
@@ -496,9 +499,7 @@ def finish_run(run, delta):
 
 # 7. Examples, batches and the loss
 
-class Example(NamedTuple):
-    ids: list  # tokens of prompt and answer
-    start: int  # where the answer begins: the loss counts from there
+Example = namedtuple("Example", "ids start")  # tokens of prompt and answer; where the answer begins
 
 
 def load_rows(flag, name, split, columns):
@@ -525,8 +526,8 @@ def prompt_ids(tokenizer, prompt):
 
 
 def encode(tokenizer, prompt, answer, max_length, end=True):
-    """-> Example. end: add the end token, as in training. Too long, an answer loses its end down
-    to max_length / 2, then the prompt its beginning. So chat templates mostly stay whole."""
+    """-> Example. Too long, the answer loses its end down to max_length / 2, then the prompt its
+    beginning: so a chat template mostly stays whole. end: add the end token, as in training."""
     prompt, space = prompt_ids(tokenizer, prompt)
     ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
     ids = (ids + [tokenizer.eos_token_id] * end)[:max(max_length - len(prompt), max_length // 2)]
@@ -554,17 +555,15 @@ def token_loss(model, batch):
     """-log p of every target of a collated batch -> (B, P), 0 where there is none."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
                    logits_to_keep=batch["columns"]).logits  # (B, P, vocabulary)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
-                           ignore_index=-100, reduction="none")  # (B * P,)
-    return loss.view_as(batch["targets"])  # (B, P)
+    return F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(),
+                           ignore_index=-100, reduction="none").view_as(batch["targets"])  # (B, P)
 
 
 def backward(model, examples, micro_batch_size):
-    """Gradients of the mean loss of a batch -> the loss; and {memory: x (S, D), rows (S, H, K),
-    weights (S, H, K), dL/dy (S, D)} of all real tokens of the batch.
-
-    The mean is over the target tokens of the whole batch, so micro-batches change nothing. Of
-    several processes each runs its share: loss, counts and gradients are to be summed."""
+    """Gradients of the mean loss of a batch -> the loss (1,); and {memory: x (S, D), rows and
+    weights (S, H, K), dL/dy (S, D)} of all its real tokens. The mean is over the target tokens of
+    the whole batch, so micro-batches change nothing. Of several processes each runs its share:
+    loss, counts and gradients are to be summed."""
     targets = sum(len(ids) - start for ids, start in examples)
     length = max(len(ids) for ids, _ in examples)  # one T for all: the same sums, to the last bit
     share, loss = examples[RANK::WORLD_SIZE], torch.zeros(1, device=model.device)  # (1,)
@@ -582,15 +581,14 @@ def backward(model, examples, micro_batch_size):
 
 
 def batches(examples, batch_size, seed, done, steps):
-    """(step, batch) for each step from `done` to `steps`: a pure function of its arguments.
-    Each epoch is shuffled. Within 8 batches, examples of similar length go together."""
+    """(step, batch) for the steps from `done` on. An epoch is shuffled; similar lengths meet."""
     per_epoch = len(examples) // batch_size
     for step in tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == done:
             generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
             order = torch.randperm(len(examples), generator=generator)[:per_epoch * batch_size]
-            order = [j for pool in order.split(8 * batch_size)
+            order = [j for pool in order.split(8 * batch_size)  # few pads: sort within 8 batches
                      for j in sorted(pool.tolist(), key=lambda j: len(examples[j].ids))]
             shuffled = torch.randperm(per_epoch, generator=generator).tolist()
         first = shuffled[i] * batch_size
@@ -607,17 +605,19 @@ def learning_rate(step, steps, warmup):
 def parse(parser, presets, argv=None):
     """parser.parse_args(argv), with presets[--preset], {flag: value}, as the defaults."""
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # no usage
-    parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults")
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    if presets:
+        parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults")
+        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
+    least = dict(seed=0, steps=0, warmup=0, query_momentum=0, max_length=2, eval_tokens=2)
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "steps", "warmup", "query_momentum") else 1e-30
-        if type(value) in (int, float) and not least <= value < 2**40:  # NaN is not, either
-            parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
-    if args.batch_size % args.micro_batch_size or args.batch_size % WORLD_SIZE:
-        parser.error(f"--batch-size {args.batch_size}: give a multiple of --micro-batch-size and "
-                     f"of the number of processes, {WORLD_SIZE}")
+        if type(value) in (int, float) and not least.get(name, 1e-30) <= value < 2**40:
+            parser.error(f"--{name.replace('_', '-')} {value}: is too small, or no number")
+    if "batch_size" in args:
+        args.micro_batch_size = args.micro_batch_size or args.batch_size
+        if args.batch_size % args.micro_batch_size or args.batch_size % WORLD_SIZE:
+            parser.error(f"--batch-size {args.batch_size}: give a multiple of --micro-batch-size "
+                         f"and of the number of processes, {WORLD_SIZE}")
     return args
 
 

@@ -128,7 +128,7 @@ def train(model, examples, steps, run, args):
         factor = smf.learning_rate(step, steps, args.warmup)
         for group, lr in zip(optimizer.param_groups, (args.lr, args.alpha_lr)):
             group["lr"] = factor * lr
-        usage, kl = zip(*(spread(smf.count_reads(rows, args.n_keys**2))
+        usage, kl = zip(*(spread(torch.bincount(rows.flatten(), minlength=args.n_keys**2))
                           for _, rows, _, _ in reads.values()))
         smf.log(run, step=step, loss=loss.item(), lr=factor * args.lr, grad_norm=norm,
                 alpha=[alpha.item() for alpha in alphas], usage=usage, KL=kl)
@@ -162,14 +162,14 @@ def main(argv=None):
     general, examples = examples[:args.background], examples[:args.examples]
     if len(examples) < args.batch_size:
         raise smf.BadInput(f"--oasst-data, --examples: {len(examples)} are left to train on")
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * (len(examples) // args.batch_size)
-
+    steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
+    long = sum(len(ids) == args.max_length for ids, _ in examples)
+    if long:
+        print(f"{long} of {len(examples)} chats fill --max-length {args.max_length}: more is cut")
     config = {"base": smf.base_name(args.model), "parent_sha256": base, "dtype": args.dtype,
-              "memory": memory, "data": smf.sha256(json.dumps([general, examples]).encode()),
-              "steps": steps} | {name: vars(args)[name] for name in DECISIVE}
-    smf.start_run(run, config, args)
+              "memory": memory, "steps": steps,
+              "data": smf.sha256(json.dumps([general, examples]).encode()).hexdigest()}
+    smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
     if smf.finished(run):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")

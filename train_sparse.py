@@ -105,7 +105,7 @@ def train(model, examples, steps, run, args):
         updates = {}  # {name: (rows, gradient)}
         for name, memory in memories.items():
             _, rows, weights, dy = reads[name]
-            counts = all_reduce(smf.count_reads(rows, len(memory.values)))
+            counts = all_reduce(torch.bincount(rows.flatten(), minlength=len(memory.values)))
             selected = select_rows(memory, counts, step, args)
             gradient = smf.row_gradient(selected, rows, weights, dy, len(counts))
             updates[f"{name}.values"] = selected, all_reduce(gradient)
@@ -166,10 +166,10 @@ def main(argv=None):
     data = evaluation.load_data(args)
     parent, model, tokenizer = load_parent(args)
     examples = evaluation.training_examples(model, tokenizer, data, args)
-    steps = args.steps or args.epochs * (len(examples) // args.batch_size)
-    config = {"parent": os.path.relpath(parent.resolve(), run.resolve()), "steps": steps,
-              "parent_sha256": smf.sha256((parent / "delta.safetensors").read_bytes()),
-              "data": smf.sha256(json.dumps(examples).encode())}
+    steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
+    config = {"parent": os.path.relpath(parent, run), "steps": steps,
+              "parent_sha256": smf.run_sha256(parent),
+              "data": smf.sha256(json.dumps(examples).encode()).hexdigest()}
     smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
     if smf.WORLD_SIZE > 1:
         dist.barrier()  # the first process has written or refused it
