@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import baselines
 import eval as evaluation
@@ -29,6 +29,10 @@ import train_retrofit
 import train_sparse
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "results"))
+import cost  # noqa: E402
+import study  # noqa: E402
+
 SHAPE = {"n_keys": 16, "heads": 2, "k_dim": 8, "top_k": 4}
 RETROFIT = ["--n-keys=32", "--top-k=4", "--examples=64", "--background=40", "--steps=4"]
 QUICK = ["--num-facts=40", "--eval-examples=2", "--eval-tokens=130", "--steps=6"]
@@ -113,7 +117,6 @@ def runs(tmp_path_factory):
 
 # Invariant 1: exact lookup
 
-
 def test_lookup_equals_brute_force():
     torch.manual_seed(0)
     memory = smf.ProductKeyMemory(32, n_keys=12, heads=3, k_dim=10, top_k=5)
@@ -142,15 +145,7 @@ def test_forward_is_the_gated_sum_of_the_rows_read():
     assert torch.equal(smf.ReplacementMemory(memory)(x), memory(x))
 
 
-def test_parameter_count_of_the_papers():
-    memory = smf.ProductKeyMemory(896)
-    rest = sum(p.numel() for p in memory.parameters()) - memory.values.numel()
-    assert memory.values.numel() == 14_680_064  # [Gupta26]: 44.0 M in three layers
-    assert rest == pytest.approx(2.65e6, rel=0.01)
-
-
 # Invariant 2: the retrofit starts harmless
-
 
 ARCHITECTURES = ["Qwen2", "Qwen3", "Llama", "Gemma", "Phi3", "GPT2", "GPTNeoX", "Mistral"]
 
@@ -171,17 +166,7 @@ def test_retrofit_of_every_architecture_with_alpha_zero_is_the_base(kind):
     assert not torch.equal(model(ids).logits, before)  # so the memory was really there
 
 
-def test_replacement_drops_the_mlp():
-    base, model = small_model(), small_smf("replacement")
-    blocks = smf.decoder_blocks(base)
-    dropped = sum(p.numel() for layer in (1, 2) for p in blocks[layer].mlp.parameters())
-    added = sum(p.numel() for memory in smf.memories(model).values() for p in memory.parameters())
-    assert not any("gate_proj" in name for name in smf.decoder_blocks(model)[1].state_dict())
-    assert model.num_parameters() == base.num_parameters() - dropped + added
-
-
 # Invariant 3: counts are of real tokens
-
 
 def count(rows, n_rows):
     return torch.bincount(rows.flatten(), minlength=n_rows)  # (N,)
@@ -241,7 +226,6 @@ def test_what_was_read_is_handed_over_once_and_then_dropped():
 
 
 # Invariants 4 and 8: selection and scores
-
 
 def test_top_rows_takes_the_best_of_the_rows_read():
     counts = torch.tensor([0, 3, 1, 0, 2, 5])
@@ -313,7 +297,6 @@ def test_random_rows_are_drawn_anew_at_every_step_and_seed():
 
 
 # Invariants 5 and 6: frozen is frozen, moments are lazy
-
 
 @pytest.mark.parametrize("flags", [
     ["--scorer=tfidf"], ["--scorer=kl", "--train-alpha"], ["--scorer=count"], ["--scorer=all"],
@@ -428,7 +411,6 @@ def test_moments_are_lazy_as_with_one_torch_optimizer_per_row(size, kind, refere
 
 
 # Invariants 7, 9, 10, 11: the loop, on the embedded model
-
 
 def test_the_loss_is_the_mean_over_the_tokens_of_the_whole_batch():
     data, gradients = examples(16), []  # answers of 2 to 6 tokens
@@ -624,7 +606,6 @@ def test_the_base_is_neither_changed_nor_stored(runs, tmp_path):
 
 # Invariant 12: a normal Hugging Face model
 
-
 @pytest.mark.parametrize("name", ["additive", "replacement", "tfidf", "lora", "full"])
 def test_generate_with_cache_gives_the_tokens_of_without(runs, name):
     model, tokenizer = smf.load(runs / name)
@@ -694,7 +675,6 @@ def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path
 
 
 # Stage 1
-
 
 def test_stage_1_trains_the_memories_alone(tmp_path):
     model, data = small_smf(), examples(40)
@@ -838,7 +818,6 @@ def test_the_held_out_chats_are_not_trained_on(tmp_path, capsys):
 
 # Stage 2 as a plain loop, rates and batches
 
-
 def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
     """The library's own loss, the whole batch at once, autograd's gradient of V and of the alphas,
     clipped together; SGD on V, AdamW on the alphas; warm-up and cosine."""
@@ -868,13 +847,6 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
         assert error < 1e-3, (name, error)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [smf.learning_rate(step, 100, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(0.55 * math.pi)))
-    assert rates.index(max(rates)) == 10 and rates[99] < 1e-3
-
-
 def test_batches_are_a_pure_function_of_seed_and_step():
     data = examples(70)
     whole = list(smf.batches(data, 16, 3, 0, 12))
@@ -894,7 +866,6 @@ def test_batches_leave_no_example_out_and_hold_similar_lengths():
 
 
 # The baselines
-
 
 def test_lora_starts_as_the_base_and_freezes_it():
     model, ids = small_model(), torch.randint(3, 50, (2, 9))
@@ -942,27 +913,6 @@ def test_merged_lora_equals_unmerged(runs):
     merged, unmerged, base = (m.eval()(ids).logits for m in (merged, model, base))
     assert torch.allclose(merged, unmerged, atol=1e-4)
     assert not torch.allclose(merged, base, atol=1e-2)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_lora_is_that_of_peft(train):
-    peft = pytest.importorskip("peft")
-    ours, losses, batch = small_model(), [], smf.collate(examples(4))
-    baselines.add_lora(ours)
-    theirs = peft.get_peft_model(small_model(), peft.LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", bias="none"))
-    pairs = [(p, theirs.get_parameter(
-        f"base_model.model.{name[:-1]}lora_{name[-1]}.default.weight"))
-             for name, p in ours.named_parameters() if name[-2:] in (".A", ".B")]
-    for a, b in pairs:
-        torch.nn.init.normal_(a, std=0.1)
-        b.data.copy_(a.data)
-    for model in (ours.train(train), theirs.train(train)):
-        torch.manual_seed(0)  # the same dropout
-        losses.append(smf.token_loss(model, batch).sum())
-        losses[-1].backward()
-    assert torch.allclose(*losses, rtol=1e-6) and len(pairs) == 2 * 28
-    assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5) for a, b in pairs)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -1022,7 +972,6 @@ def test_full_finetuning_of_a_bfloat16_base_trains_float32(runs, tmp_path):
 
 
 # Measures
-
 
 def by_hand(model, ids, start):
     """Mean log-likelihood of ids[start:], one sequence, no padding, no cache."""
@@ -1179,7 +1128,6 @@ def test_any_alias_answers():
 
 # Runs and their tables
 
-
 def evaluated(run, *flags):
     """eval.py's main function on a run -> the keys and values of its eval.json."""
     evaluation.main([str(run), *flags])
@@ -1251,7 +1199,6 @@ def test_another_base_in_the_same_directory_is_refused(tmp_path, capsys):
 
 
 # Data
-
 
 def load_data(*flags):
     return evaluation.load_data(train_sparse.parse([str(flag) for flag in flags]))
@@ -1356,7 +1303,6 @@ def test_the_base_knows_its_world_and_facts_never_taught_stay_at_chance(runs, tm
 
 # Bad input: one line on stderr, exit code 2, nothing written
 
-
 def refused(capsys, script, *flags):
     """Run a script's main as the command line does -> the one line that it leaves on stderr."""
     capsys.readouterr()
@@ -1444,12 +1390,12 @@ BAD_FLAGS = {  # each refused in a line that names it
     "--micro-batch-size=5 --examples=8 --max-length=1 --seed=99999999999999999999 --model=nowhere "
     "--model=tiny --oasst-data=nowhere --oasst-data=tiny/wikitext --out=tfidf --out=letters "
     "--out=letters/letter.txt",
-    "sparse": "--scorer=best --optimizer=lion --top-t=0 --steps=0 --mode=additive --lr=0 "
+    "sparse": "--scorer=best --optimizer=lion --top-t=0 --steps=-1 --mode=additive --lr=0 "
     "--epochs=0 --max-length=1 --parent=nowhere --parent=letters --parent=base --parent=lora "
     "--out=letters --out=additive --num-facts=5000 --batch-size=5000 --facts-data=nowhere "
     "--facts-data= --facts-data=tiny/wikitext --trivia-data=tiny/wikitext "
     "--wikitext-data=tiny/facts --stride=128 --window=100000 --eval-tokens=1 --eval-tokens=0",
-    "baselines": "--method=prefix --scorer=kl --steps=0 --model=nowhere --batch-size=5000 "
+    "baselines": "--method=prefix --scorer=kl --steps=-1 --model=nowhere --batch-size=5000 "
     "--out=tfidf --out=letters",
     "eval": "nowhere letters --split=train --stepz=1 --eval-examples=0 --eval-examples=-3 "
     "--window=0",
@@ -1679,7 +1625,6 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs, tmp_path, mo
 
 # The scripts, as a user runs them
 
-
 def command(script, *flags, cwd):
     done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd,
                           env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
@@ -1699,3 +1644,52 @@ def test_the_scripts_run_from_another_directory(tmp_path):
     assert names == {"base", "retrofit-seed0", "kl-seed0", "lora-seed0"}
     assert all(f"| out/tiny/{name} |" in table for name in names)
     assert "task facts, split test" in table
+
+
+# results/: the study and the costs
+
+def test_the_rate_chosen_is_the_least_within_one_standard_error_of_the_best():
+    swept = {rate: {seed: {"target": (value, 0.02)} for seed, value in enumerate(values)}
+             for rate, values in {"1": [0.1, 0.2], "2": [0.7, 0.9], "3": [0.8, 1.0]}.items()}
+    assert study.choose(swept) == "2"  # 0.8 is within (0.141 / sqrt 2) of 0.9
+    assert study.choose({rate: {0: rows[0]} for rate, rows in swept.items()}) == "3"
+
+
+def test_every_command_of_the_studies_is_understood():
+    for plan in study.STUDIES.values():
+        lines = [f"train_retrofit.py {flags}" for flags in plan["starts"].values()]
+        lines += [f"{study.command(c, 'out', 1, plan['base'])} {plan['flags']}"
+                  for names in plan["rates"].values() for c in names.split()]
+        for line in lines:
+            script, *flags = line.format(model="m", data="d").split()
+            __import__(script.removesuffix(".py")).parse(flags)
+    assert study.command("additive-kl+s-fresh-t9-sgd", "out", 1, "") == (
+        "train_sparse.py --parent out/additive-fresh-seed1 --scorer kl --train-alpha "
+        "--optimizer sgd --top-t 9")
+
+
+def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs):
+    monkeypatch.chdir(tmp_path)
+    plan = {"starts": {}, "base": "", "flags": " ".join(QUICK), "sweep": (0,),
+            "rates": {"1e-4 1e-3": "full"}}
+    args = SimpleNamespace(jobs=2, model=None, data=None)
+    result = study.study(plan, Path("out"), args)
+    before = files_below(Path("out"))
+    assert study.study(plan, Path("out"), args) == result and files_below(Path("out")) == before
+    assert result["full"]["test"].keys() == {0, 1, 2} and result["base"]["test"].keys() == {0}
+    touched = sum(len(t) for name, t in delta(runs / "tfidf").items() if name.endswith(":rows"))
+    row = study.accounting(runs / "tfidf")  # 3 memories, 20 rows a step, of width 64
+    assert (row["rows touched"], row["updated per step"]) == (f"{touched:,}", f"{3 * 20 * 64:,}")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    study.plot(pyplot, result, [["full"], []], Path("frontier.png"))
+    Path("metrics.jsonl").write_text((runs / "additive/metrics.jsonl").read_text() * 3)
+    study.plot_stage_1(pyplot, [Path(".")], Path("."))
+
+
+def test_costs_are_measured():
+    config = AutoConfig.from_pretrained(ROOT / "tiny/model")
+    args = SimpleNamespace(device="cpu", batch_size=4, micro_batch_size=2, max_length=20, rounds=1)
+    row = cost.race(("SMF", "stage 1"), config, args)
+    assert row.keys() == {"s/step", "GiB beyond the base", "and beyond V"}
+    assert all(0 < float(part) < 60 for part in re.split(" [/=] ", row["s/step"]))
+    assert cost.inference(config, args)["base"]["prefill, of the base's speed"] == "1.00"
