@@ -110,8 +110,7 @@ def load_facts(args):
     """--task facts (ours): all wordings of the first --num-facts facts -> train, target.
 
     Asked are the questions of --split about the same facts (question_id): other wordings, never
-    trained on; or, if the data has no such split, the trained questions themselves.
-    """
+    trained on; or, if the data has no such split, the trained questions themselves."""
     name = args.facts_data
     path, _, configuration = name.partition(":")
     try:
@@ -135,8 +134,7 @@ def load_medmcqa(args):
     """--task medmcqa [Gupta26]: four-choice questions -> train, target.
 
     Asked is the validation split of the data set, as in the paper; for --split validation, an
-    eighth of the training rows, at most 1000, that is never trained on.
-    """
+    eighth of the training rows, at most 1000, that is never trained on."""
     columns = ("question", "opa", "opb", "opc", "opd", "cop")
     rows = smf.load_rows("--medmcqa-data", args.medmcqa_data, "train", columns).shuffle(seed=0)
     held_out = min(1000, len(rows) // 8)
@@ -184,8 +182,7 @@ def training_examples(model, tokenizer, data, args):
     examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
     long = sum(len(ids) == args.max_length for ids, _ in examples)
     if long:
-        print(f"{long} of {len(examples)} examples fill --max-length {args.max_length}: more is "
-              f"cut off")
+        print(f"{long} of {len(examples)} examples are cut to --max-length {args.max_length}")
     return examples
 
 
@@ -211,25 +208,25 @@ def log_likelihoods(model, examples, size=32):
 
 
 @torch.no_grad()
-def option_likelihoods(model, prompt, options):
-    """Mean log-likelihood of each option after one prompt, which is computed once -> (options,)."""
-    cache = model(torch.tensor([prompt[:-1]], device=model.device), use_cache=True,
-                  logits_to_keep=1).past_key_values
-    cache.batch_repeat_interleave(len(options))
-    batch = smf.collate([smf.Example(prompt[-1:] + ids, 1) for ids in options], model.device)
-    mask = F.pad(batch["attention_mask"], (len(prompt) - 1, 0), value=1)  # (options, T)
-    logits = model(batch["input_ids"], past_key_values=cache, attention_mask=mask,
-                   logits_to_keep=batch["columns"]).logits  # (options, P, vocabulary)
+def option_likelihoods(model, prompts, options):
+    """Mean log-likelihood of a token of each option (lists of n) after B prompts of one length,
+    which are computed once -> (B, n)."""
+    B, L, n = len(prompts), len(prompts[0]), len(options[0])
+    cache = model(torch.tensor(prompts, device=model.device)[:, :-1], use_cache=True,
+                  logits_to_keep=1).past_key_values  # of (B, L - 1)
+    cache.batch_repeat_interleave(n)
+    batch = smf.collate([smf.Example(prompt[-1:] + ids, 1) for prompt, own in zip(prompts, options)
+                         for ids in own], model.device)
+    logits = model(batch["input_ids"], past_key_values=cache, logits_to_keep=batch["columns"],
+                   attention_mask=F.pad(batch["attention_mask"], (L - 1, 0), value=1)).logits
     loss = F.cross_entropy(logits.float().transpose(1, 2), batch["targets"], reduction="none")
-    return -loss.double().sum(1) / (batch["targets"] != -100).sum(1)
+    return -(loss.double().sum(1) / (batch["targets"] != -100).sum(1)).view(B, n)  # of (B * n, P)
 
 
 @torch.no_grad()
 def token_losses(model, tokens, window, stride, size=2):
-    """-log p of every token but the first, each scored once, in a sliding window [Gupta26 app. C].
-
-    The window moves by `stride`, and of each window only the tokens not yet scored count.
-    """
+    """-log p of every token but the first, each scored once, in a window that moves by `stride`: of
+    each window only the tokens not yet scored count [Gupta26 appendix C]."""
     starts = range(0, max(1, len(tokens) - window + stride), stride)
     examples = [smf.Example(tokens[start:start + window], window - stride if start else 1)
                 for start in starts]
@@ -290,15 +287,20 @@ def open_questions(model, tokenizer, questions):
     return right, log_likelihoods(model, examples)
 
 
-def multiple_choice(model, tokenizer, questions):
+def multiple_choice(model, tokenizer, questions, size=16):
     """-> whether the right option has the highest mean log-likelihood, for each question."""
-    right = []
-    for q in tqdm(questions, "multiple choice", leave=False):
+    right, alike = [False] * len(questions), {}  # {length of the prompt: [(i, prompt, options)]}
+    for i, q in enumerate(questions):
         examples = [smf.encode(tokenizer, q.prompt, option, context_length(model), end=False)
                     for option in q.options]
-        prompt = examples[0].ids[:examples[0].start]
-        best = option_likelihoods(model, prompt, [e.ids[e.start:] for e in examples]).argmax()
-        right.append(q.options[best] == q.answer)
+        start = min(example.start for example in examples)
+        alike.setdefault(start, []).append((i, examples[0].ids[:start], [
+            ids[start:] for ids, start in examples]))
+    batches = [part[i:i + size] for part in alike.values() for i in range(0, len(part), size)]
+    for batch in tqdm(batches, "multiple choice", leave=False):
+        indices, prompts, options = zip(*batch)
+        for i, best in zip(indices, option_likelihoods(model, prompts, options).argmax(1)):
+            right[i] = questions[i].options[best] == questions[i].answer
     return right
 
 
@@ -325,8 +327,6 @@ def evaluate(model, tokenizer, data, args):
 
 DIGITS = {"target": 3, "target LL": 2, "untaught": 3, "perplexity": 2, "knowledge": 3,
           "knowledge LL": 2, "kept": 3}
-
-
 SETTINGS = ("task", "facts_data", "num_facts", "medmcqa_data", "num_questions", "split",
             "trivia_data", "untaught_data", "wikitext_data", "eval_examples", "eval_tokens",
             "window", "stride")

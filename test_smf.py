@@ -1057,11 +1057,13 @@ def test_option_likelihoods_equal_one_option_at_a_time(kind):
     model, g = small_model(kind), torch.Generator().manual_seed(0)
     smf.retrofit(model, [1, 2], alpha=1.0, **SHAPE)
     for length in (2, 7):
-        prompt = torch.randint(3, 50, (length,), generator=g).tolist()
-        options = [torch.randint(3, 50, (n,), generator=g).tolist() for n in (3, 1, 5, 2)]
-        expected = [by_hand(model, prompt + option, length) for option in options]
-        found = evaluation.option_likelihoods(model, prompt, options).tolist()
-        assert found == pytest.approx(expected, abs=1e-4)
+        prompts = torch.randint(3, 50, (2, length), generator=g).tolist()
+        options = [[torch.randint(3, 50, (n,), generator=g).tolist() for n in (3, 1, 5, 2)]
+                   for _ in prompts]
+        found = evaluation.option_likelihoods(model, prompts, options)
+        expected = [[by_hand(model, prompt + option, length) for option in own]
+                    for prompt, own in zip(prompts, options)]
+        assert torch.allclose(found, torch.tensor(expected, dtype=found.dtype), atol=1e-4)
 
 
 def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
