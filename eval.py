@@ -182,7 +182,7 @@ def training_examples(model, tokenizer, data, args):
     examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
     long = sum(len(ids) == args.max_length for ids, _ in examples)
     if long:
-        print(f"{long} of {len(examples)} examples are cut to --max-length {args.max_length}")
+        print(f"{long} of {len(examples)} examples reach --max-length {args.max_length}: cut there")
     return examples
 
 

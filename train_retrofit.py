@@ -165,7 +165,7 @@ def main(argv=None):
     steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
     long = sum(len(ids) == args.max_length for ids, _ in examples)
     if long:
-        print(f"{long} of {len(examples)} chats are cut to --max-length {args.max_length}")
+        print(f"{long} of {len(examples)} chats reach --max-length {args.max_length}: cut there")
     config = {"base": smf.base_name(args.model), "parent_sha256": base, "dtype": args.dtype,
               "memory": memory, "steps": steps,
               "data": smf.sha256(json.dumps([general, examples]).encode()).hexdigest()}

@@ -110,8 +110,7 @@ def train(model, examples, steps, run, args):
             gradient = smf.row_gradient(selected, rows, weights, dy, len(counts))
             updates[f"{name}.values"] = selected, all_reduce(gradient)
         for name, alpha in alphas.items():
-            gradient = all_reduce(alpha.grad).view(1, 1)
-            updates[name] = torch.tensor([0], device=args.device), gradient
+            updates[name] = torch.tensor([0], device=args.device), all_reduce(alpha.grad).view(1, 1)
 
         # Update these rows, and nothing else.
         norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
