@@ -26,11 +26,11 @@ PRESETS = {
 # tiny: chosen in results/README.md. paper: usual rates, not measured there.
 LEARNING_RATE = {"tiny": {"lora": 1e-3, "full": 2e-4}, "paper": {"lora": 3e-4, "full": 3e-5}}
 DECISIVE = ("method", "seed", "batch_size", "lr", "warmup")
-RANK, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 section 3.3]; ALPHA is ours
+LORA_RANK, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 section 3.3]; ALPHA is ours
 
 
 class LoRALinear(nn.Module):
-    """y = W x + ALPHA / RANK * B A dropout(x): W is frozen, B is 0 at the start [Hu21].
+    """y = W x + ALPHA / LORA_RANK * B A dropout(x): W is frozen, B is 0 at the start [Hu21].
 
     A new module is in training mode, so dropout is on until model.eval().
     """
@@ -38,13 +38,13 @@ class LoRALinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.linear, device = linear, linear.weight.device
-        self.A = nn.Parameter(torch.empty(RANK, linear.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, RANK, device=device))
+        self.A = nn.Parameter(torch.empty(LORA_RANK, linear.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, LORA_RANK, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x):
-        low = F.dropout(x.float(), DROPOUT, self.training) @ self.A.T  # (B, T, RANK)
-        return self.linear(x) + (ALPHA / RANK * low @ self.B.T).to(x.dtype)  # (B, T, out)
+        low = F.dropout(x.float(), DROPOUT, self.training) @ self.A.T  # (B, T, LORA_RANK)
+        return self.linear(x) + (ALPHA / LORA_RANK * low @ self.B.T).to(x.dtype)  # (B, T, out)
 
 
 def add_lora(model):
@@ -131,9 +131,9 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         add_lora(model) if lora else model.requires_grad_(True)
         changed = train(model, examples, steps, run, args)
-        if lora:  # a delta of W is B A: the factor ALPHA / RANK goes into B
+        if lora:  # a delta of W is B A: the factor ALPHA / LORA_RANK goes into B
             changed = {name.replace(".A", ".weight:A").replace(".B", ".weight:B"):
-                       p * (ALPHA / RANK if name.endswith(".B") else 1)
+                       p * (ALPHA / LORA_RANK if name.endswith(".B") else 1)
                        for name, p in changed.items()}
         smf.finish_run(run, changed)
     print(evaluation.report(run, data, args))

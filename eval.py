@@ -200,8 +200,8 @@ def by_length(examples, size, label):
 def log_likelihoods(model, examples, size=32):
     """Mean log-likelihood of a target token of each Example -> (len(examples),) float64."""
     means = torch.zeros(len(examples), dtype=torch.float64)
-    for indices, batch in by_length(examples, size, "log-likelihood"):
-        batch = smf.collate(batch, model.device)
+    for indices, part in by_length(examples, size, "log-likelihood"):
+        batch = smf.collate(part, model.device)
         loss = smf.token_loss(model, batch).double().sum(1)  # (B,)
         means[indices] = -(loss / (batch["targets"] != -100).sum(1)).cpu()
     return means
@@ -231,8 +231,8 @@ def token_losses(model, tokens, window, stride, size=2):
     examples = [smf.Example(tokens[start:start + window], window - stride if start else 1)
                 for start in starts]
     losses = []
-    for _, batch in by_length(examples, size, "perplexity"):
-        batch = smf.collate(batch, model.device)
+    for _, part in by_length(examples, size, "perplexity"):
+        batch = smf.collate(part, model.device)
         losses.append(smf.token_loss(model, batch)[batch["targets"] != -100].double().cpu())
     return torch.cat(losses)
 

@@ -1,7 +1,7 @@
 """Sparse Memory Finetuning (SMF): teach a pretrained language model by updating a few memory rows.
 
     x --> query --> n + n scores --> K of N = n * n rows --> weighted sum --> y --> gate --> Mem(x)
-          (D)       two half-keys    exact top-K             of rows V[i]           added to the MLP
+          (D)       2n sub-keys      exact top-K             of rows V[i]           added to the MLP
 
   1. Retrofit: add a product-key memory to a few blocks and train it on general text (stage 1).
   2. Background: count how often general text reads each row of its value table V.
@@ -69,7 +69,7 @@ class ProductKeyMemory(nn.Module):
         self.register_buffer("query_var", torch.ones(heads * k_dim))
         self.register_buffer("doc_freq", torch.zeros(n_keys**2, dtype=torch.int64))
         self.register_buffer("background_counts", torch.zeros(n_keys**2, dtype=torch.int64))
-        self.register_buffer("num_batches", torch.tensor(0))  # these three: part 3 sets them
+        self.register_buffer("num_batches", torch.tensor(0))  # how general text reads V
         self.last = self.dy = None  # what the last forward pass read, until it is collected
 
     def lookup(self, x):
@@ -94,13 +94,12 @@ class ProductKeyMemory(nn.Module):
             y = F.embedding_bag(bags, self.values, mode="sum",
                                 per_sample_weights=weights.view_as(bags)).view_as(x)  # (B, T, D)
             self.last, self.dy = (x.detach(), rows, weights.detach()), None
-            if torch.is_grad_enabled():  # V is frozen in stage 2: ask for dL/dy explicitly
+            if torch.is_grad_enabled():  # V is frozen in stage 2: ask for dL/dy, and keep it
                 y.requires_grad_().register_hook(lambda dy: setattr(self, "dy", dy))
             return self.out(y * F.silu(self.gate(x))).to(dtype)  # (B, T, D)
 
     def collect(self):
-        """Hand over what the last forward pass read: x (B, T, D), rows and weights (B, T, H, K),
-        and dL/dy (B, T, D), which is None before the backward pass."""
+        """-> x (B, T, D), rows, weights (B, T, H, K), dL/dy (B, T, D) of the last pass; forget it."""
         collected, self.last, self.dy = (*self.last, self.dy), None, None
         return collected
 
@@ -246,7 +245,7 @@ def mask_gradient(values, mask):
 def row_gradient(selected, rows, weights, dy, n_rows):
     """The gradient of the rows `selected` (t,): what autograd would give for V there -> (t, D)
     Of all S tokens of a batch: rows and weights (S, H, K), dy = dL/dy (S, D)."""
-    place = torch.full((n_rows,), -1, device=rows.device)  # (N,) place of a row in `selected`
+    place = torch.full((n_rows,), -1, device=rows.device)  # (N,) row -> its place in `selected`
     place[selected] = torch.arange(len(selected), device=rows.device)
     gradient = dy.new_zeros(len(selected), dy.shape[-1])  # (t, D)
     for head in range(rows.shape[1]):  # one head at a time, to save memory
@@ -260,29 +259,28 @@ class RowOptimizer:
     """AdamW (without decay) or SGD for the rows of a table that a step selects; no other row moves.
 
     Each row has its own moments and its own age: to a row, the steps that did not select it never
-    happened. The state grows with the rows ever selected, not with the table. eps is small because
-    alpha scales gradients down, to about 1e-8."""
+    happened. The state grows with the rows ever selected. Gradients can be ~1e-8: eps is less."""
 
     def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12):
         self.values, self.kind, self.betas, self.eps = values, kind, betas, eps
-        self.slot = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its slot
-        self.rows = self.slot[:0]  # (rows ever selected,) slot -> its row
+        self.index = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its index
+        self.rows = self.index[:0]  # (rows ever selected,) the index of a row is its place here
         self.m = self.v = values.detach()[:0]  # (rows ever selected, D)
         self.age = self.m[:, :1]  # (rows ever selected, 1)
 
-    def slots(self, rows):
-        """The slots of these rows (t,); a row selected for the first time gets a new one."""
-        new = rows[self.slot[rows] < 0]  # (first-time rows,)
-        self.slot[new] = len(self.rows) + torch.arange(len(new), device=new.device)
+    def indices(self, rows):
+        """The indices of these rows (t,); a row selected for the first time gets a new one."""
+        new = rows[self.index[rows] < 0]  # (first-time rows,)
+        self.index[new] = len(self.rows) + torch.arange(len(new), device=new.device)
         self.rows = torch.cat([self.rows, new])
         self.m, self.v, self.age = (torch.cat([old, old.new_zeros(len(new), old.shape[1])])
                                     for old in (self.m, self.v, self.age))
-        return self.slot[rows]  # (t,)
+        return self.index[rows]  # (t,)
 
     @torch.no_grad()
     def step(self, rows, gradient, lr):
         """Update values[rows], rows (t,) without repeats, by their gradient (t, D)."""
-        at, (beta1, beta2) = self.slots(rows), self.betas  # (t,)
+        at, (beta1, beta2) = self.indices(rows), self.betas  # (t,)
         if self.kind == "adamw":
             self.age[at] += 1
             self.m[at] = beta1 * self.m[at] + (1 - beta1) * gradient  # (t, D)
@@ -299,7 +297,7 @@ class RowOptimizer:
     def load_state_dict(self, state):
         state = {name: tensor.to(self.values.device) for name, tensor in state.items()}
         self.rows, self.m, self.v, self.age = (state[name] for name in ("rows", "m", "v", "age"))
-        self.slot[self.rows] = torch.arange(len(self.rows), device=self.slot.device)
+        self.index[self.rows] = torch.arange(len(self.rows), device=self.index.device)
         self.values[self.rows] = state["values"]
 
 
@@ -314,7 +312,7 @@ class RowOptimizer:
 
 def write_atomic(path, write):
     """Call write(temporary path), then rename it: path is always the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several may measure a parent
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -348,6 +346,8 @@ def find(name, kind):
     for path in (Path(name), ROOT / name):
         if name and path.exists():
             return str(path.resolve())
+    if kind == "dataset" and "/" not in name:  # or one of this name may come from the cache
+        raise ValueError("there is no such directory")
     if not huggingface_hub.constants.HF_HUB_OFFLINE:  # the libraries' own attempts take minutes
         getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
     return name
@@ -389,7 +389,7 @@ def apply_delta(model, delta):
             own[name][tensor] = delta[f"{name}:values"].view(len(tensor), own[name].shape[1])
         elif part == "" and tensor.shape == own[name].shape:
             own[name].copy_(tensor)
-        elif f"{name}:{dict(values='rows', B='A').get(part)}" not in delta:
+        elif part not in ("B", "values") or f"{name}:{'A' if part == 'B' else 'rows'}" not in delta:
             raise ValueError(f"{key} does not fit the model")
 
 
@@ -407,8 +407,8 @@ def read_config(run):
 
 
 def run_sha256(run):
-    config = json.dumps(read_config(run) | {"flags": None})  # flags decide nothing
-    return sha256(config.encode() + Path(run, "delta.safetensors").read_bytes()).hexdigest()
+    files = (Path(run, name).read_bytes() for name in ("config.json", "delta.safetensors"))
+    return sha256(b"".join(files)).hexdigest()
 
 
 def load(run, device="cpu"):
@@ -449,7 +449,7 @@ def start_run(run, config, args):
             raise BadInput(f"--out {run}: was made with another {', '.join(other)}; give the same, "
                            f"name another directory, or delete this one")
         if finished(run):  # killed, perhaps, just before it dropped its checkpoint
-            (run / "checkpoint.pt").unlink(missing_ok=True)
+            [path.unlink() for path in run.glob("checkpoint.pt*")]
     elif RANK == 0:
         free = not run.exists() or run.is_dir() and all(f.suffix == ".tmp" for f in run.iterdir())
         if not free or run.name == "base" and vars(args):
@@ -483,10 +483,11 @@ def log(run, **metrics):
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         raise BadInput(f"--lr: loss or gradient is not finite, {metrics}; begin with a lower rate")
     if RANK == 0:
-        with open(run / "metrics.jsonl", "a" if metrics["step"] else "w") as file:
+        with open(run / "metrics.jsonl", "a" if metrics["step"] else "w") as file:  # 0: anew
             file.write(json.dumps(metrics) + "\n")
         if metrics["step"] % 50 == 0:
-            tqdm.write(", ".join(f"{name} {value}" for name, value in metrics.items()))
+            tqdm.write("  ".join(f"{name} {value:.4g}" if type(value) is float else
+                                 f"{name} {value}" for name, value in metrics.items()))
 
 
 def finish_run(run, delta):
@@ -494,7 +495,7 @@ def finish_run(run, delta):
     if RANK == 0:
         delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
         write_atomic(run / "delta.safetensors", lambda path: save_file(delta, path))
-        (run / "checkpoint.pt").unlink(missing_ok=True)
+        [path.unlink() for path in run.glob("checkpoint.pt*")]  # and what a kill left of one
 
 
 # 7. Examples, batches and the loss
@@ -561,9 +562,8 @@ def token_loss(model, batch):
 
 def backward(model, examples, micro_batch_size):
     """Gradients of the mean loss of a batch -> the loss (1,); and {memory: x (S, D), rows and
-    weights (S, H, K), dL/dy (S, D)} of all its real tokens. The mean is over the target tokens of
-    the whole batch, so micro-batches change nothing. Of several processes each runs its share:
-    loss, counts and gradients are to be summed."""
+    weights (S, H, K), dL/dy (S, D)} of its real tokens. The mean is over the target tokens of the
+    whole batch. Each of several processes runs its share: sum loss, counts and gradients."""
     targets = sum(len(ids) - start for ids, start in examples)
     length = max(len(ids) for ids, _ in examples)  # one T for all: the same sums, to the last bit
     share, loss = examples[RANK::WORLD_SIZE], torch.zeros(1, device=model.device)  # (1,)
@@ -612,7 +612,7 @@ def parse(parser, presets, argv=None):
     least = dict(seed=0, steps=0, warmup=0, query_momentum=0, max_length=2, eval_tokens=2)
     for name, value in vars(args).items():
         if type(value) in (int, float) and not least.get(name, 1e-30) <= value < 2**40:
-            parser.error(f"--{name.replace('_', '-')} {value}: is too small, or no number")
+            parser.error(f"--{name.replace('_', '-')} {value}: is out of range")
     if "batch_size" in args:
         args.micro_batch_size = args.micro_batch_size or args.batch_size
         if args.batch_size % args.micro_batch_size or args.batch_size % WORLD_SIZE:
@@ -635,6 +635,6 @@ def script(main):
         sys.exit("stopped; the same command goes on from the last checkpoint")
     except Exception as error:
         if not ("alloc" in str(error) or isinstance(error, (BadInput, OSError, ImportError))):
-            raise  # a bug; the others are no room in memory, bad input, a full disk, no matplotlib
+            raise  # a bug. Else: out of memory, bad input, a full disk, no matplotlib
         print(f"{Path(sys.argv[0]).name}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

@@ -131,7 +131,8 @@ def train(model, examples, steps, run, args):
         usage, kl = zip(*(spread(torch.bincount(rows.flatten(), minlength=args.n_keys**2))
                           for _, rows, _, _ in reads.values()))
         smf.log(run, step=step, loss=loss.item(), lr=factor * args.lr, grad_norm=norm,
-                alpha=[alpha.item() for alpha in alphas], usage=usage, KL=kl)
+                alpha=[round(alpha.item(), 4) for alpha in alphas],
+                usage=[round(value, 4) for value in usage], KL=[round(value, 4) for value in kl])
 
         optimizer.step()
         optimizer.zero_grad()

@@ -31,6 +31,7 @@ PRESETS = {
 # tiny: chosen in results/README.md. paper: SmolLM2-135M's best in 150 steps, times 150 / 11,250,
 # as if rate times steps decided; nobody has measured that.
 LEARNING_RATE = {"tiny": {"adamw": 0.5, "sgd": 3000.0}, "paper": {"adamw": 0.1, "sgd": 8e4}}
+# With parent, data and steps, what decides the weights: the same for the same run.
 DECISIVE = ("seed", "batch_size", "scorer", "top_t", "optimizer", "lr", "train_alpha", "alpha_lr",
             "warmup")
 
@@ -84,8 +85,7 @@ def select_rows(memory, counts, step, args):
     return smf.top_rows(scores, counts, len(counts) if args.scorer == "all" else args.top_t)
 
 
-def train(model, examples, steps, run, args):
-    """-> what was learned, {name: tensor}: the alphas of +S, and the rows that were updated."""
+def train(model, examples, steps, run, args):  # -> what was learned, {name: tensor}
     memories = smf.memories(model)
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
@@ -125,10 +125,11 @@ def train(model, examples, steps, run, args):
             smf.save_checkpoint(run, step + 1, **{name: optimizer.state_dict()
                                                   for name, optimizer in optimizers.items()})
 
+    learned = dict(alphas)
     for name, memory in memories.items():
         rows = optimizers[f"{name}.values"].rows
-        alphas |= {f"{name}.values:rows": rows, f"{name}.values:values": memory.values[rows]}
-    return alphas
+        learned |= {f"{name}.values:rows": rows, f"{name}.values:values": memory.values[rows]}
+    return learned
 
 
 def load_parent(args):
