@@ -30,9 +30,7 @@ import train_sparse
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "results"))
-import cost  # noqa: E402
-import study  # noqa: E402
-
+import cost, study  # noqa: E401, E402
 SHAPE = {"n_keys": 16, "heads": 2, "k_dim": 8, "top_k": 4}
 RETROFIT = ["--n-keys=32", "--top-k=4", "--examples=64", "--background=40", "--steps=4"]
 QUICK = ["--num-facts=40", "--eval-examples=2", "--eval-tokens=130", "--steps=6"]
