@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch: the same sums in every process
+import pytest  # noqa: E402
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -517,7 +518,6 @@ import torch, transformers.models.qwen2.modeling_qwen2
 import baselines, smf, train_retrofit, train_sparse
 
 name, *argv = sys.argv[1:]
-torch.set_num_threads(1)
 script = {"sparse": train_sparse, "retrofit": train_retrofit, "lora": baselines}[name]
 draws, clock, sync, died, longest = random.Random(1), random.Random(2), os.fsync, 0, 0.5
 while True:
