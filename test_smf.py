@@ -1411,7 +1411,7 @@ BAD += [  # script, flags, a word of the line, what is broken first
     ("retrofit", ["--preset=paper"], "--model Qwen"), ("sparse", ["--num-facts=1"], "--batch-size"),
     *(("retrofit", ["--out=additive", *RETROFIT, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --alpha=3 --heads=2 --background=30").split()),
-    *(("sparse", ["--out=tfidf", *TAUGHT, flag], "another") for flag in (
+    *(("sparse", [*AGAIN, flag], flag[2:].split("=")[0].replace("-", "_")) for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl --optimizer=sgd").split()),
     *(("baselines", ["--out=lora", *QUICK, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --micro-batch-size=2").split()),
