@@ -99,7 +99,7 @@ class ProductKeyMemory(nn.Module):
             return self.out(y * F.silu(self.gate(x))).to(dtype)  # (B, T, D)
 
     def collect(self):
-        """-> x (B, T, D), rows, weights (B, T, H, K), dL/dy (B, T, D) of the last pass; forget it."""
+        """-> x (B, T, D), rows, weights (B, T, H, K), dL/dy (B, T, D) of the last pass, once."""
         collected, self.last, self.dy = (*self.last, self.dy), None, None
         return collected
 
