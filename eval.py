@@ -14,8 +14,7 @@ They are, +- standard error:
   untaught    share of facts recalled that no run is taught: chance, or the target leaks
   perplexity  of general text, every token scored once, in a sliding window
   knowledge   share of other questions, never taught, that are answered; LL as above;
-              kept: of those that the run's parent answered, the share that still is
-"""
+              kept: of those that the run's parent answered, the share that still is"""
 
 import argparse
 import json
@@ -399,7 +398,8 @@ def main(argv=None):
     add_flags(parser)
     given = {name: value for name, value in vars(smf.parse(parser, {}, argv)).items()
              if value is not None}
-    runs = given.pop("runs") or [path.parent for path in sorted(Path("out").glob("*/*/eval.json"))]
+    found = sorted(Path("out").glob("*/*/delta.safetensors"))
+    runs = given.pop("runs") or [path.parent for path in found]
     tables = {}  # settings: {run: cells}
     for run in runs:
         flags = smf.read_config(run).get("flags", {})

@@ -69,7 +69,7 @@ class ProductKeyMemory(nn.Module):
         self.register_buffer("query_var", torch.ones(heads * k_dim))
         self.register_buffer("doc_freq", torch.zeros(n_keys**2, dtype=torch.int64))
         self.register_buffer("background_counts", torch.zeros(n_keys**2, dtype=torch.int64))
-        self.register_buffer("num_batches", torch.tensor(0))  # how general text reads V
+        self.register_buffer("num_batches", torch.tensor(0))  # these 3: the background
         self.last = self.dy = None  # what the last forward pass read, until it is collected
 
     def lookup(self, x):
@@ -106,8 +106,8 @@ class ProductKeyMemory(nn.Module):
     @torch.no_grad()
     def track_queries(self, x, momentum):
         """Move the running mean and variance of the queries towards those of tokens x (S, D).
-        Without them training can make all tokens read the same few rows [Lample19 section 4].
-        differs: they are used in training, too, so padding and micro-batches change nothing."""
+        Queries are normalised by them, or training can make all tokens read the same few rows
+        [Lample19 section 4]. differs: in training, too, so micro-batches change nothing."""
         query = self.query(x)  # (S, H * k_dim)
         self.query_mean.lerp_(query.mean(0), momentum)
         self.query_var.lerp_(query.var(0, correction=0), momentum)
