@@ -40,9 +40,8 @@ PRESETS = {
                  window=128, stride=64),
     "paper": dict(task="medmcqa", facts_data="mandarjoshi/trivia_qa:rc.nocontext", num_facts=500,
                   medmcqa_data="openlifescienceai/medmcqa", num_questions=60000, split="test",
-                  trivia_data="mandarjoshi/trivia_qa:rc.nocontext", untaught_data=None,
-                  wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1", eval_examples=1000,
-                  window=1024, stride=512),  # [Gupta26 appendix C]
+                  trivia_data="mandarjoshi/trivia_qa:rc.nocontext", window=1024, stride=512,
+                  wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1", eval_examples=1000),
 }
 
 
@@ -54,8 +53,7 @@ def add_flags(parser):
     add("--num-facts", type=int, help="facts: learn the first so many")
     add("--medmcqa-data", help="four-choice questions to learn, in the layout of MedMCQA")
     add("--num-questions", type=int, help="medmcqa: learn so many at most")
-    add("--split", choices=["test", "validation"], help="of the target; "
-        "validation: for choosing learning rates")
+    add("--split", choices=["test", "validation"], help="of the target; validation: choose rates")
     add("--trivia-data", help="questions that are not taught: what was forgotten?")
     add("--untaught-data", help="facts never taught, to see them stay at chance")
     add("--wikitext-data", help="general text for the perplexity")
@@ -168,8 +166,7 @@ def load_data(args):
                            "taught or name their own answer, no question, or no text, is left")
     if args.stride >= args.window:
         raise smf.BadInput(f"--stride {args.stride}: give less than --window {args.window}")
-    n = args.eval_examples
-    return Data(train, target[:n], knowledge[:n], untaught[:n], text)
+    return Data(train, *(part[:args.eval_examples] for part in (target, knowledge, untaught)), text)
 
 
 def training_examples(model, tokenizer, data, args):
@@ -223,12 +220,13 @@ def option_likelihoods(model, prompts, options):
 
 
 @torch.no_grad()
-def token_losses(model, tokens, window, stride, size=2):
-    """-log p of every token but the first, each scored once, in a window that moves by `stride`: of
-    each window only the tokens not yet scored count [Gupta26 appendix C]."""
-    starts = range(0, max(1, len(tokens) - window + stride), stride)
-    examples = [smf.Example(tokens[start:start + window], window - stride if start else 1)
-                for start in starts]
+def token_losses(model, tokens, window, stride, first, size=2):
+    """-log p of every token, each scored once, in a window that moves by `stride`: of each window
+    only the tokens not yet scored count [Gupta26 appendix C]. Every window begins with the tokens
+    `first`, which are not scored. If there are none, the first token of the text is not."""
+    n = window - len(first)
+    examples = [smf.Example(first + tokens[i:i + n], window - stride if i else len(first) or 1)
+                for i in range(0, max(1, len(tokens) - n + stride), stride)]
     losses = []
     for _, part in by_length(examples, size, "perplexity"):
         batch = smf.collate(part, model.device)
@@ -314,7 +312,9 @@ def evaluate(model, tokenizer, data, args):
     if data.untaught:
         result["untaught"] = mean(open_questions(model, tokenizer, data.untaught)[0])
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
-    loss = mean(token_losses(model, tokens, args.window, args.stride))
+    ids = tokenizer("a")["input_ids"]  # its first tokens: what the tokenizer puts before a text
+    first = ids[:ids.index(tokenizer("a", add_special_tokens=False)["input_ids"][0])]
+    loss = mean(token_losses(model, tokens, args.window, args.stride, first))
     perplexity = math.exp(loss["value"])
     result["perplexity"] = loss | {"value": perplexity, "stderr": perplexity * loss["stderr"]}
     right, likelihood = open_questions(model, tokenizer, data.knowledge)

@@ -65,6 +65,8 @@ class ProductKeyMemory(nn.Module):
         nn.init.normal_(self.keys, std=(k_dim // 2) ** -0.5)  # scores of unit variance
         for weight in (self.values, self.query.weight, self.gate.weight, self.out.weight):
             nn.init.normal_(weight, std=d_model**-0.5)
+        self.register_buffer("x_rms", torch.tensor(1.0))  # the size of x, and the factor that gives
+        self.register_buffer("scale", torch.tensor(1.0))  # Mem(x) the size of MLP(x): measured
         self.register_buffer("query_mean", torch.zeros(heads * k_dim))
         self.register_buffer("query_var", torch.ones(heads * k_dim))
         self.register_buffer("doc_freq", torch.zeros(n_keys**2, dtype=torch.int64))
@@ -75,7 +77,8 @@ class ProductKeyMemory(nn.Module):
     def lookup(self, x):
         """x (..., D) -> rows (..., H, K) and their weights (..., H, K), which sum to 1 over K.
         It is exact: the K best sums s1[i] + s2[j] use only the K best s1 and the K best s2."""
-        q = (self.query(x) - self.query_mean) * (self.query_var + 1e-5).rsqrt()  # (..., H * k_dim)
+        q = self.query(x / self.x_rms)  # (..., H * k_dim)
+        q = (q - self.query_mean) * (self.query_var + 1e-5).rsqrt()  # (..., H * k_dim)
         q = q.unflatten(-1, (self.heads, 2, -1))  # (..., H, 2, k_dim / 2)
         scores = torch.einsum("...hpd,hpnd->...hpn", q, self.keys)  # (..., H, 2, n)
         best, index = scores.topk(self.top_k)  # (..., H, 2, K) both
@@ -86,7 +89,7 @@ class ProductKeyMemory(nn.Module):
         return i * self.n_keys + j, best.softmax(-1)
 
     def forward(self, x):
-        """x (B, T, D) -> W2 (y * SiLU(W1 x)), where y is the weighted sum of the rows read."""
+        """x (B, T, D) -> scale * W2 (y * SiLU(W1 x / x_rms)); y is the weighted sum of the rows."""
         dtype, x = x.dtype, x.to(self.values.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the memory stays in float32
             rows, weights = self.lookup(x)  # (B, T, H, K) both
@@ -96,7 +99,8 @@ class ProductKeyMemory(nn.Module):
             self.last, self.dy = (x.detach(), rows, weights.detach()), None
             if torch.is_grad_enabled():  # V is frozen in stage 2: ask for dL/dy, and keep it
                 y.requires_grad_().register_hook(lambda dy: setattr(self, "dy", dy))
-            return self.out(y * F.silu(self.gate(x))).to(dtype)  # (B, T, D)
+            y = self.out(y * F.silu(self.gate(x / self.x_rms)))  # (B, T, D)
+            return (self.scale * y).to(dtype)
 
     def collect(self):
         """-> x (B, T, D), rows, weights (B, T, H, K), dL/dy (B, T, D) of the last pass, once."""
@@ -108,7 +112,7 @@ class ProductKeyMemory(nn.Module):
         """Move the running mean and variance of the queries towards those of tokens x (S, D).
         Queries are normalised by them, or training can make all tokens read the same few rows
         [Lample19 section 4]. differs: in training, too, so micro-batches change nothing."""
-        query = self.query(x)  # (S, H * k_dim)
+        query = self.query(x / self.x_rms)  # (S, H * k_dim)
         self.query_mean.lerp_(query.mean(0), momentum)
         self.query_var.lerp_(query.var(0, correction=0), momentum)
 
@@ -226,20 +230,16 @@ def top_rows(scores, counts, t):
 
 
 # 5. Updating the selected rows and nothing else
-#
-# [Gupta26 section 3.2] masks the gradient of V with a hook:
-
 
 def mask_gradient(values, mask):
-    """Zero the gradient of values (N, D) where mask (N,) is False."""
+    """Zero the gradient of values (N, D) where mask (N,) is False: a hook [Gupta26 section 3.2]."""
     return values.register_hook(lambda gradient: gradient * mask[:, None])  # (N, D)
 
 
 # [Lin25 section 4] has the same gradient from the forward pass, V * mask + (V - V * mask).detach().
-# With V in an ordinary optimizer neither freezes the other rows: AdamW moves a row whose gradient
-# is zero, by weight decay and by the momentum of earlier steps that selected it (a test shows it).
-# Both also keep gradient and moments of the whole table. So here V does not require a gradient.
-# The gradient of a row is the sum of weight * dL/dy over its reads; collect() gives all of that:
+# With V in an ordinary optimizer neither freezes the other rows: AdamW still moves them, by weight
+# decay and by the momentum of earlier steps. Both keep gradient and moments of the whole table.
+# So here V has no gradient. That of a row is the sum of weight * dL/dy over its reads:
 
 
 def row_gradient(selected, rows, weights, dy, n_rows):

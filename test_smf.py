@@ -298,8 +298,8 @@ def test_random_rows_are_drawn_anew_at_every_step_and_seed():
 # Invariants 5 and 6: frozen is frozen, moments are lazy
 
 @pytest.mark.parametrize("flags", [
-    ["--scorer=tfidf"], ["--scorer=kl", "--train-alpha"], ["--scorer=count"], ["--scorer=all"],
-    ["--scorer=random", "--optimizer=sgd"]], ids=" ".join)
+    ["--optimizer=adamw"], ["--scorer=kl", "--train-alpha", "--optimizer=adamw"],
+    ["--scorer=count"], ["--scorer=all"], ["--scorer=random"]], ids=" ".join)
 def test_every_step_changes_the_rows_it_selects_and_nothing_else(runs, tmp_path, flags):
     model, tokenizer = smf.load(runs / "additive")
     args = train_sparse.parse([*QUICK, "--top-t=20", *flags])
@@ -330,20 +330,6 @@ def test_every_step_changes_the_rows_it_selects_and_nothing_else(runs, tmp_path,
         assert torch.equal(learned[f"{name}.values:values"], states[-1][f"{name}.values"][rows])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_row_optimizer_moves_the_selected_rows_only(kind):
-    torch.manual_seed(0)
-    values, seen = torch.randn(500, 8), set()
-    optimizer = smf.RowOptimizer(values, kind)
-    for step in range(40):
-        rows, before = torch.randperm(500)[:7], values.clone()
-        seen |= set(rows.tolist())
-        optimizer.step(rows, torch.randn(7, 8), lr=0.1)
-        moved = (values != before).any(1).nonzero().squeeze(1)
-        assert torch.equal(moved, rows.sort().values)
-        assert {len(part) for part in optimizer.state_dict().values()} == {len(seen)}  # not N
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_trap_a_masked_gradient_does_not_freeze(weight_decay):
     """The papers' hook and torch's AdamW: rows outside of the mask move, all of them by weight
@@ -364,20 +350,6 @@ def test_the_trap_a_masked_gradient_does_not_freeze(weight_decay):
     assert moved == ([True] * 6 if weight_decay else [True, True, False, False, False, False])
 
 
-def test_the_two_forms_of_the_papers_mask_give_the_same_gradient():
-    """[Gupta26]'s hook on V, and [Lin25]'s straight-through form, in the same model."""
-    torch.manual_seed(0)
-    V, x = torch.nn.Parameter(torch.randn(6, 4)), torch.randn(6, 4)
-    mask = torch.tensor([1, 0, 0, 1, 0, 1])
-    hook = smf.mask_gradient(V, mask.bool())
-    (V * x).sin().sum().backward()
-    hook.remove()
-    hooked, V.grad = V.grad, None
-    straight = V * mask[:, None] + (V - V * mask[:, None]).detach()
-    (straight * x).sin().sum().backward()
-    assert torch.equal(straight, V) and torch.equal(V.grad, hooked) and hooked.any()
-
-
 def test_row_gradient_is_the_masked_dense_gradient():
     model = small_smf()
     _, reads = smf.backward(model, examples(8), 8)
@@ -395,14 +367,18 @@ def test_row_gradient_is_the_masked_dense_gradient():
     ("adamw", lambda p: torch.optim.AdamW([p], lr=0.01, weight_decay=0, eps=1e-12)),
     ("sgd", lambda p: torch.optim.SGD([p], lr=0.01))])
 def test_moments_are_lazy_as_with_one_torch_optimizer_per_row(size, kind, reference):
-    """A row's moments and bias correction know only its own steps; eps sits where torch has it."""
+    """A row's moments and bias correction know only its own steps; eps sits where torch has it. No
+    other row moves, and there is no state of a row that was never selected."""
     torch.manual_seed(0)
-    values = torch.randn(10, 4)
+    values, seen = torch.randn(50, 4), set()
     single = [torch.nn.Parameter(row.clone()) for row in values]
     references, optimizer = [reference(p) for p in single], smf.RowOptimizer(values, kind)
     for step in range(30):
-        rows, gradient = torch.randperm(10)[:3], torch.randn(3, 4) * size
+        rows, gradient, before = torch.randperm(10)[:3], torch.randn(3, 4) * size, values.clone()
         optimizer.step(rows, gradient, lr=0.01)
+        seen |= set(rows.tolist())
+        assert set((values != before).any(1).nonzero().flatten().tolist()) <= set(rows.tolist())
+        assert {len(part) for part in optimizer.state_dict().values()} == {len(seen)}  # not N
         for row, g in zip(rows, gradient):
             single[row].grad = g
             references[row].step()
@@ -438,8 +414,8 @@ def same_update(run, other, parent):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--scorer=tfidf", "--lr=0.01"], ["--scorer=kl", "--train-alpha", "--lr=0.01"],
-    ["--optimizer=sgd", "--lr=1"]], ids=" ".join)
+    ["--optimizer=adamw", "--lr=0.001"], ["--scorer=kl", "--train-alpha", "--lr=0.01"]],
+    ids=" ".join)
 def test_micro_batches_change_nothing(runs, tmp_path, flags):
     for size in (16, 4, 1):
         sparse(runs / "additive", tmp_path / str(size), f"--micro-batch-size={size}", "--top-t=50",
@@ -550,7 +526,7 @@ print(died)
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("sparse", ["--parent=additive", "--train-alpha", *QUICK]),
+    ("sparse", ["--parent=additive", "--train-alpha", "--optimizer=adamw", *QUICK]),
     ("retrofit", [*RETROFIT, "--lr=0.01"]), ("lora", ["--method=lora", *QUICK])])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(runs, tmp_path, monkeypatch, name, flags):
     shutil.copytree(runs / "additive", tmp_path / "additive")
@@ -681,14 +657,14 @@ def test_stage_1_trains_the_memories_alone(tmp_path):
     train_retrofit.train(model, data, 3, tmp_path, args)
     changed = {name for name, tensor in state_of(model).items()
                if not torch.equal(tensor, before[name])}
-    counted = ("doc_freq", "background_counts", "num_batches")  # after training
-    assert changed == {name for name in smf.memory_state(model) if not name.endswith(counted)}
+    measured = ("x_rms", "scale", "doc_freq", "background_counts", "num_batches")  # elsewhere
+    assert changed == {name for name in smf.memory_state(model) if not name.endswith(measured)}
     assert len(changed) == 2 * 8 and len(metrics(tmp_path)) == 3
 
 
 def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_path):
-    """The library's own loss and torch's AdamW; queries are normalised before the first step by
-    the statistics of general chats, and after each step by a running mean of those it read."""
+    """The library's own loss and torch's AdamW; inputs and queries are normalised before the first
+    step by the statistics of general chats, queries after each step by a running mean, too."""
     flags = [*RETROFIT, "--lr=0.01", "--alpha-lr=0.05", "--warmup=1", "--seed=3", "--alpha=90"]
     run(train_retrofit, *flags, f"--out={tmp_path / 'run'}")
     args, (model, tokenizer) = train_retrofit.parse(flags), smf.load_base("tiny/model")
@@ -696,9 +672,10 @@ def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_pat
     smf.retrofit(model, [1, 2, 3], "additive", 90, n_keys=32, heads=4, k_dim=32, top_k=4)
     data = [smf.encode(tokenizer, *c, 128) for c in train_retrofit.general_chats(args)[128:192]]
     batch = smf.collate(data[:40])
-    for name, (x, *_) in smf.read_only(model, batch).items():
-        memory = model.get_submodule(name)
-        query = x[batch["attention_mask"].bool()] @ memory.query.weight.detach().T
+    for name, memory in smf.memories(model).items():
+        x = smf.read_only(model, batch)[name][0][batch["attention_mask"].bool()]
+        memory.x_rms.copy_(x.square().mean(1).sqrt().median())
+        query = x / memory.x_rms @ memory.query.weight.detach().T
         memory.query_mean.copy_(query.mean(0))
         memory.query_var.copy_(query.var(0, correction=0))
     before, lines, (alphas, others) = state_of(model), metrics(tmp_path / "run"), ([], [])
@@ -719,30 +696,81 @@ def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_pat
         for memory, usage in zip(smf.memories(model).values(), lines[step]["usage"]):
             x, rows, _, _ = memory.collect()
             assert len(rows[mask].unique()) / 1024 == pytest.approx(usage, abs=2e-3)
-            query = x[mask] @ memory.query.weight.detach().T
+            query = x[mask] / memory.x_rms @ memory.query.weight.detach().T
             memory.query_mean.mul_(0.9).add_(0.1 * query.mean(0))
             memory.query_var.mul_(0.9).add_(0.1 * query.var(0, correction=0))
     ended = smf.load(tmp_path / "run")[0].state_dict()
     for name, tensor in smf.memory_state(model).items():
-        if not name.endswith(("doc_freq", "background_counts", "num_batches")):
+        if tensor.is_floating_point() and not name.endswith(("x_rms", "scale")):
             error = (ended[name] - tensor).norm() / (tensor - before[name]).norm()
             assert error < (1e-3 if name.endswith("alpha") else 5e-3), (name, error)
 
 
-@pytest.mark.parametrize("mode", ["additive", "replacement"])
-def test_zero_steps_change_no_parameter(tmp_path, mode):
-    """And the background is there, so that stage 2 can begin."""
+@pytest.mark.parametrize("mode, size", [("additive", 0.01), ("replacement", 1.0)])
+def test_a_fresh_memory_has_its_share_of_the_size_of_the_mlp_on_general_text(tmp_path, mode, size):
+    """Or, in replacement, all of it. Its parameters are as they were drawn; stage 2 can begin."""
     run(train_retrofit, *RETROFIT, "--steps=0", f"--mode={mode}", f"--out={tmp_path / 'fresh'}")
-    found, (model, _) = delta(tmp_path / "fresh"), smf.load_base("tiny/model")
+    found, (base, tokenizer) = delta(tmp_path / "fresh"), smf.load_base("tiny/model")
+    mlps = [block.mlp for block in smf.decoder_blocks(base)]
     torch.manual_seed(0)
-    smf.retrofit(model, [1, 2, 3], mode, 1.0, n_keys=32, heads=4, k_dim=32, top_k=4)
-    expected = {name: p for name, p in model.named_parameters() if name in smf.memory_state(model)}
+    smf.retrofit(base, [1, 2, 3], mode, size, n_keys=32, heads=4, k_dim=32, top_k=4)
+    expected = {name: p for name, p in base.named_parameters() if name in smf.memory_state(base)}
     assert all(torch.equal(found[name], p) for name, p in expected.items())
-    assert len(expected) == 3 * (5 + (mode == "additive"))
-    assert found.keys() == smf.memory_state(model).keys()
+    assert found.keys() == smf.memory_state(base).keys()
     assert found["model.layers.1.mlp.memory.num_batches"] == 40
-    assert found["model.layers.1.mlp.memory.query_mean"].any()
+    model, chats = smf.load(tmp_path / "fresh")[0], train_retrofit.general_chats(
+        train_retrofit.parse([]))[128:168]
+    batch = smf.collate([smf.encode(tokenizer, *chat, 128) for chat in chats])
+    for i, (name, (x, *_)) in enumerate(smf.read_only(model, batch).items(), 1):
+        memory, x = model.get_submodule(name), x[batch["attention_mask"].bool()]
+        inputs = memory.gate(x / memory.x_rms).square().mean(1).sqrt().median()
+        assert inputs.item() == pytest.approx(1, abs=0.15) and memory.query_mean.any()
+        mlp, h = mlps[i](x), model.model.layers[i].mlp(x)
+        ratio = (h - mlp if mode == "additive" else h).norm(dim=1) / mlp.norm(dim=1)
+        assert ratio.median().item() == pytest.approx(size, 5e-3)
     sparse(tmp_path / "fresh", tmp_path / "run", "--steps=1")
+
+
+def test_the_papers_fixed_alpha_leaves_the_scale_unmeasured(tmp_path):
+    run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=0.3", f"--out={tmp_path / 'run'}")
+    model = smf.load(tmp_path / "run")[0]
+    assert model.model.layers[1].mlp.alpha == pytest.approx(0.3)
+    assert all(memory.scale == 1 for memory in smf.memories(model).values())
+
+
+def test_the_scale_of_the_inputs_and_of_the_mlps_changes_nothing(tmp_path):
+    """The same function, with 30 times the norm weights and a thirtieth of the weights after them:
+    the same rows and losses in both stages, and in the end the same outputs."""
+    model, tokenizer = smf.load_base("tiny/model")
+    for layer in smf.decoder_blocks(model):
+        layer.post_attention_layernorm.weight.mul_(30)
+        layer.mlp.gate_proj.weight.div_(30)
+        layer.mlp.up_proj.weight.div_(30)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ended, rows = [], []
+    for i, path in enumerate(("tiny/model", tmp_path / "model")):
+        run(train_retrofit, *RETROFIT, f"--model={path}", f"--out={tmp_path / str(i) / 'parent'}")
+        out = sparse(tmp_path / str(i) / "parent", tmp_path / str(i) / "run", "--top-t=50")
+        ended.append(smf.load(out)[0](torch.arange(40).view(2, 20)).logits)
+        rows.append([tensor.tolist() for name, tensor in sorted(delta(out).items())
+                     if name.endswith(":rows")])
+    for stage in ("parent", "run"):
+        losses = [[line["loss"] for line in metrics(tmp_path / i / stage)] for i in "01"]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert rows[0] == rows[1] and torch.allclose(*ended, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode, share", [("additive", 0.01), ("replacement", 1.0)])
+def test_rates_are_relative_to_the_initial_rows_and_to_the_share_of_the_memory(
+        runs, tmp_path, mode, share):
+    """In the first step, AdamW moves every number by lr * std / share (SGD: see the plain loop)."""
+    flags = ["--lr=1e-4", "--optimizer=adamw", "--steps=1"]
+    found = delta(sparse(runs / mode, tmp_path / "run", *flags))
+    before, name = smf.load(runs / mode)[0].state_dict(), "model.layers.1.mlp.memory.values"
+    moved = (found[f"{name}:values"] - before[name][found[f"{name}:rows"]]).abs()
+    assert moved[moved > 0].mean().item() == pytest.approx(1e-4 / 8 / share / 11, rel=1e-2)
+    assert moved.count_nonzero() > 1000  # 11: the warm-up
 
 
 def test_the_background_is_that_of_the_trained_memory(tmp_path):
@@ -822,7 +850,7 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
     """The library's own loss, the whole batch at once, autograd's gradient of V and of the alphas,
     clipped together; SGD on V, AdamW on the alphas; warm-up and cosine."""
     run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=30", f"--out={tmp_path / 'parent'}")
-    flags = ["--scorer=all", "--optimizer=sgd", "--lr=3", "--train-alpha", "--alpha-lr=0.05"]
+    flags = ["--scorer=all", "--optimizer=sgd", "--lr=3e-4", "--train-alpha", "--alpha-lr=0.05"]
     sparse(tmp_path / "parent", tmp_path / "run", *flags, "--warmup=2")
     ended, (model, tokenizer) = smf.load(tmp_path / "run")[0], smf.load(tmp_path / "parent")
     data = facts_to_learn(model, tokenizer, train_sparse.parse([*QUICK, *flags]))
@@ -836,7 +864,7 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
         library_loss(model, batch).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item())
         factor = min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 6))
-        for optimizer, lr in ((sgd, 3), (adamw, 0.05)):
+        for optimizer, lr in ((sgd, 3e-4 / 0.01**2), (adamw, 0.05)):
             optimizer.param_groups[0]["lr"] = factor * lr
             optimizer.step()
             optimizer.zero_grad()
@@ -990,32 +1018,38 @@ def test_token_loss_is_that_of_the_library():
         assert row[mask].mean().item() == pytest.approx(library_loss(model, [example]).item(), 1e-4)
 
 
-def test_perplexity_scores_every_token_once():
-    model, tokens = small_model(), torch.randint(3, 50, (53,)).tolist()
-    for window, stride in ((16, 8), (16, 15), (10, 3), (64, 32), (53, 1)):
-        losses, expected, done = evaluation.token_losses(model, tokens, window, stride), [], 1
+@pytest.mark.parametrize("first", [[], [1], [1, 7]])
+def test_perplexity_scores_every_token_once(first):
+    """Each window begins with the tokens that the tokenizer puts first; they are not scored."""
+    model, tokens, f = small_model(), torch.randint(3, 50, (53,)).tolist(), len(first)
+    for window, stride in ((16, 8), (16, 13), (10, 3), (64, 32), (53 + f, 1)):
+        losses, expected = evaluation.token_losses(model, tokens, window, stride, first), []
         for begin in range(0, len(tokens), stride):  # by hand, one window at a time
-            end = min(begin + window, len(tokens))
-            logits = model(torch.tensor([tokens[begin:end]])).logits[0].log_softmax(-1)
-            expected += [-logits[i - begin - 1, tokens[i]].item() for i in range(done, end)]
-            done = end
+            end, done = min(begin + window - f, len(tokens)), len(expected) + (not first)
+            logits = model(torch.tensor([first + tokens[begin:end]])).logits[0].log_softmax(-1)
+            expected += [-logits[f + i - begin - 1, tokens[i]].item() for i in range(done, end)]
             if end == len(tokens):
                 break
-        assert len(losses) == 52 == len(expected)
+        assert len(losses) == 53 - (not first) == len(expected)
         assert sorted(losses.tolist()) == pytest.approx(sorted(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize("task", ["facts", "medmcqa"])
-def test_the_measures_of_a_model_are_those_of_its_parts(task):
+@pytest.mark.parametrize("task, first", [("facts", []), ("medmcqa", []), ("facts", [5])])
+def test_the_measures_of_a_model_are_those_of_its_parts(task, first):
+    """first: as of a tokenizer that puts a token before a text, and one after it."""
     model, tokenizer = smf.load_base("tiny/model")
+    if first:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|a|> $A <|b|>", special_tokens=[("<|a|>", 5), ("<|b|>", 6)])
     args = train_sparse.parse([f"--task={task}", "--eval-examples=5", "--eval-tokens=90"])
     data = evaluation.load_data(args)
     result = evaluation.evaluate(model, tokenizer, data, args)
-    losses = evaluation.token_losses(model, tokenizer(data.text)["input_ids"][:90], 128, 64)
-    error = losses.std(correction=0) / math.sqrt(89)
-    assert result["perplexity"]["value"] == pytest.approx(losses.mean().exp().item())
-    assert result["perplexity"]["stderr"] == pytest.approx((losses.mean().exp() * error).item())
-    assert result["perplexity"]["n"] == 89
+    tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:90]
+    losses, found = evaluation.token_losses(model, tokens, 128, 64, first), result["perplexity"]
+    error = losses.std(correction=0) / math.sqrt(len(losses))
+    assert found["value"] == pytest.approx(losses.mean().exp().item())
+    assert found["stderr"] == pytest.approx((losses.mean().exp() * error).item())
+    assert found["n"] == (90 if first else 89)
     right, likelihood = evaluation.open_questions(model, tokenizer, data.knowledge)
     assert result["knowledge right"] == right and len(right) == 5
     assert result["knowledge"] == evaluation.mean(right)
@@ -1412,7 +1446,8 @@ BAD += [  # script, flags, a word of the line, what is broken first
     *(("retrofit", ["--out=additive", *RETROFIT, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --alpha=3 --heads=2 --background=30").split()),
     *(("sparse", [*AGAIN, flag], flag[2:].split("=")[0].replace("-", "_")) for flag in (
-        "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl --optimizer=sgd").split()),
+        "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl "
+        "--optimizer=adamw").split()),
     *(("baselines", ["--out=lora", *QUICK, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --micro-batch-size=2").split()),
     ("sparse", ["--parent=replacement", "--train-alpha"], "--train-alpha"),

@@ -24,7 +24,9 @@ PRESETS = {
                   k_dim=256, top_k=16, oasst_data="OpenAssistant/oasst1", background=2000,
                   examples=1120, epochs=1, lr=5e-4, warmup=10, save_every=20),
 }
-DECISIVE = ("seed", "batch_size", "lr", "alpha_lr", "warmup", "query_momentum", "background")
+DECISIVE = ("seed", "batch_size", "alpha", "lr", "alpha_lr", "warmup", "query_momentum",
+            "background")
+SHARE = 0.01  # RMS(alpha Mem(x)) / RMS(MLP(x)) at the start: ours, the most that changes nothing
 HELD_OUT = 128  # chats kept from training, for the held-out loss
 
 
@@ -49,14 +51,15 @@ def parse(argv=None):
     add("--heads", type=int, default=4)
     add("--k-dim", type=int, help="width of a head's query")
     add("--top-k", type=int, help="rows that a head reads")
-    add("--alpha", type=float, default=1.0, help="factor of the memory at the start")
+    add("--alpha", type=float, help="fixed factor of the memory at the start, its scale not "
+        f"measured [Gupta26: 0.01] (so that what it adds has {SHARE} of the MLP's size)")
     add("--oasst-data", help="general chats, in the layout of OpenAssistant")
     add("--background", type=int, help="examples for the background statistics")
     add("--examples", type=int, help="replies to train on")
     add("--epochs", type=int, help="times that each is seen")
     add("--steps", type=int, help="steps, instead of epochs; 0: a fresh memory")
     add("--lr", type=float, help="learning rate of the memories")
-    add("--alpha-lr", type=float, default=1e-2, help="learning rate of alpha")
+    add("--alpha-lr", type=float, default=1e-4, help="learning rate of alpha")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--query-momentum", type=float, default=0.1, help="pace of the statistics that normalise "
         "the queries; 0: they are not normalised")
@@ -79,14 +82,25 @@ def collated(examples, args, label):
         yield smf.collate(examples[i:i + args.micro_batch_size], args.device)
 
 
-def set_query_statistics(model, batches):
-    """Start the mean and variance of the queries from a few batches."""
-    inputs = {name: [] for name in smf.memories(model)}
-    for batch in batches:
-        for name, (x, _, _, _) in smf.read_only(model, batch).items():  # (B, T, D)
-            inputs[name].append(x[batch["attention_mask"].bool()])
-    for name, memory in smf.memories(model).items():
-        memory.track_queries(torch.cat(inputs[name]), momentum=1.0)
+@torch.no_grad()
+def calibrate(model, mlps, batches, args):
+    """Measure on general text the size of each memory's input, its queries, and the size of MLP(x).
+
+    differs: the papers fix alpha. What a memory adds then depends on the model, and a learning rate
+    that is right for one ruins another. RMS(Mem(x)) / RMS(MLP(x)) of fresh memories without this:
+        tiny .010 .008 .003, SmolLM2-135M .0013 .0011 .0006,
+        Qwen2.5 0.5B .071 .070 .043, Gemma 3 270M .095 .054 .048. With it: alpha on every model."""
+    def rms(x):
+        return x.float().square().mean(-1).sqrt()  # (S,)
+
+    for (name, memory), mlp in zip(smf.memories(model).items(), mlps):  # the lowest first
+        x = torch.cat([smf.read_only(model, batch)[name][0][batch["attention_mask"].bool()]
+                       for batch in batches])  # (S, D)
+        memory.x_rms.copy_(rms(x).median())  # now queries and gate have inputs of unit size
+        if args.query_momentum:
+            memory.track_queries(x, momentum=1.0)
+        if args.alpha is None:
+            memory.scale.copy_((rms(mlp(x.to(model.dtype))) / rms(memory(x))).median())
 
 
 def spread(counts):
@@ -150,10 +164,10 @@ def main(argv=None):
     run = args.out or Path("out", args.preset, f"retrofit-seed{args.seed}")
     model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
     base = smf.weights_sha256(model)
-    depth = len(smf.decoder_blocks(model))
-    memory = {"layers": args.layers or [depth // 4, depth // 2, 3 * depth // 4], "mode": args.mode,
-              "alpha": args.alpha, "n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim,
-              "top_k": args.top_k}
+    mlps = [block.mlp for block in smf.decoder_blocks(model)]
+    layers = sorted(args.layers or (len(mlps) * quarter // 4 for quarter in (1, 2, 3)))
+    memory = {"layers": layers, "mode": args.mode, "alpha": args.alpha or SHARE,
+              "n_keys": args.n_keys, "heads": args.heads, "k_dim": args.k_dim, "top_k": args.top_k}
     torch.manual_seed(args.seed)
     smf.retrofit(model, **memory)
 
@@ -174,8 +188,9 @@ def main(argv=None):
     if smf.finished(run):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")
-    if args.query_momentum and not (run / "checkpoint.pt").exists():
-        set_query_statistics(model, collated(general[:64], args, "queries"))
+    if not (run / "checkpoint.pt").exists():
+        calibrate(model, [mlps[layer] for layer in layers],
+                  list(collated(general[:64], args, "calibrate")), args)
     train(model, examples, steps, run, args)
     measure(model, general, held_out, args)
     smf.finish_run(run, smf.memory_state(model))

@@ -28,9 +28,7 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, epochs=3,
                   warmup=100, save_every=20),
 }
-# tiny: chosen in results/README.md. paper: SmolLM2-135M's best in 150 steps, times 150 / 11,250,
-# as if rate times steps decided; nobody has measured that.
-LEARNING_RATE = {"tiny": {"adamw": 0.5, "sgd": 3000.0}, "paper": {"adamw": 0.1, "sgd": 8e4}}
+LEARNING_RATE = {"adamw": 0.1, "sgd": 2.0}
 # With parent, data and steps, what decides the weights: the same for the same run.
 DECISIVE = ("seed", "batch_size", "scorer", "top_t", "optimizer", "lr", "train_alpha", "alpha_lr",
             "warmup")
@@ -51,16 +49,16 @@ def parse(argv=None):
     add("--scorer", choices=["tfidf", "kl", "count", "random", "all"], default="tfidf",
         help="how to choose rows; count, random and all (rows read) are controls")
     add("--top-t", type=int, default=500, help="rows updated per memory and step")
-    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="of the rows")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of the rows")
     add("--lr", type=float, help=f"learning rate of the rows ({LEARNING_RATE})")
     add("--train-alpha", action="store_true", help="+S [Gupta26]: train the alphas, too")
-    add("--alpha-lr", type=float, default=1e-2, help="learning rate of the alphas")
+    add("--alpha-lr", type=float, default=1e-4, help="learning rate of the alphas")
     add("--epochs", type=int, help="times that each example is seen")
     add("--steps", type=int, help="steps, instead of epochs")
     add("--warmup", type=int, help="steps of linear warm-up")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
-    args.lr = args.lr or LEARNING_RATE[args.preset][args.optimizer]
+    args.lr = args.lr or LEARNING_RATE[args.optimizer]
     return args
 
 
@@ -89,10 +87,13 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
     memories = smf.memories(model)
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
-    alphas = {name: p.requires_grad_() for name, p in model.named_parameters()
-              if name.endswith(".mlp.alpha") and args.train_alpha}
+    alphas = {name: p for name, p in model.named_parameters() if name.endswith(".mlp.alpha")}
+    share = train_retrofit.SHARE if alphas else 1.0  # of the MLP's size, with which Mem(x) began
+    std = model.config.get_text_config().hidden_size**-0.5  # of the initial rows
+    unit = std / share if args.optimizer == "adamw" else 1 / share**2
+    alphas = alphas if args.train_alpha else {}
     for name, alpha in alphas.items():  # +S: a table of one row, which every step selects
-        optimizers[name] = smf.RowOptimizer(alpha.detach().view(1, 1))
+        optimizers[name] = smf.RowOptimizer(alpha.requires_grad_().detach().view(1, 1))
     done, state = smf.load_checkpoint(run)
     for name in state:
         optimizers[name].load_state_dict(state[name])
@@ -118,7 +119,7 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
         smf.log(run, step=step, loss=all_reduce(loss).item(), lr=factor * args.lr, grad_norm=norm,
                 rows=[len(updates[f"{name}.values"][0]) for name in memories])
         for name, (selected, gradient) in updates.items():
-            lr = factor * (args.alpha_lr if name in alphas else args.lr)
+            lr = factor * (args.alpha_lr if name in alphas else args.lr * unit)
             optimizers[name].step(selected, gradient * min(1.0, 1.0 / (norm + 1e-12)), lr)
         model.zero_grad()
         if (step + 1) % args.save_every == 0:
