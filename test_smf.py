@@ -119,10 +119,11 @@ def runs(tmp_path_factory):
 def test_lookup_equals_brute_force():
     torch.manual_seed(0)
     memory = smf.ProductKeyMemory(32, n_keys=12, heads=3, k_dim=10, top_k=5)
+    memory.x_rms.fill_(2.0)
     memory.track_queries(torch.randn(100, 32) * 3 + 1, 1.0)
     x = torch.randn(4, 7, 32)
     rows, weights = memory.lookup(x)  # (4, 7, 3, 5) both
-    q = (memory.query(x) - memory.query_mean) / (memory.query_var + 1e-5).sqrt()
+    q = (memory.query(x) / 2 - memory.query_mean) / (memory.query_var + 1e-5).sqrt()
     for head in range(3):
         q1, q2 = q[..., head * 10:head * 10 + 5], q[..., head * 10 + 5:head * 10 + 10]
         s1, s2 = q1 @ memory.keys[head, 0].T, q2 @ memory.keys[head, 1].T  # (4, 7, 12) both
@@ -135,10 +136,10 @@ def test_lookup_equals_brute_force():
 def test_forward_is_the_gated_sum_of_the_rows_read():
     torch.manual_seed(0)
     memory, mlp = smf.ProductKeyMemory(32, **SHAPE), torch.nn.Linear(32, 32)
-    x = torch.randn(2, 3, 32)
+    x, _, _ = torch.randn(2, 3, 32), memory.x_rms.fill_(2.0), memory.scale.fill_(3.0)
     rows, weights = memory.lookup(x)
     y = (weights[..., None] * memory.values[rows]).sum((2, 3))  # (2, 3, 32)
-    expected = (y * F.silu(x @ memory.gate.weight.T)) @ memory.out.weight.T
+    expected = 3 * (y * F.silu(x @ memory.gate.weight.T / 2)) @ memory.out.weight.T
     assert torch.allclose(memory(x), expected, atol=1e-6)
     assert torch.equal(smf.AdditiveMemory(mlp, memory, 0.3)(x), mlp(x) + 0.3 * memory(x))
     assert torch.equal(smf.ReplacementMemory(memory)(x), memory(x))
@@ -236,18 +237,6 @@ def test_top_rows_takes_the_best_of_the_rows_read():
     assert counts.tolist() == [0, 3, 1, 0, 2, 5]
 
 
-def test_selection_is_exactly_t_rows_that_were_read():
-    g = torch.Generator().manual_seed(0)
-    for t in (1, 7, 50, 300):
-        counts, scores = torch.randint(0, 3, (256,), generator=g), torch.randn(256, generator=g)
-        rows = smf.top_rows(scores, counts, t)
-        assert len(rows) == len(set(rows.tolist())) == min(t, (counts > 0).sum())
-        assert (counts[rows] > 0).all()
-        left = counts > 0
-        left[rows] = False
-        assert not left.any() or scores[rows].min() >= scores[left].max()
-
-
 def test_the_scorers_are_pure_and_equal_to_numbers_by_hand():
     counts, background = torch.tensor([2, 1, 0, 1]), torch.tensor([9, 0, 3, 4])
     tfidf = [2 / 4 * math.log(10 / 10), 1 / 4 * math.log(10 / 1), 0, 1 / 4 * math.log(10 / 5)]
@@ -286,13 +275,9 @@ def test_each_scorer_of_the_command_line_selects_its_own_best_rows(runs, tmp_pat
 
 
 def test_random_rows_are_drawn_anew_at_every_step_and_seed():
-    counts = torch.ones(256, dtype=torch.int64)
-
-    def draw(step, seed):
-        args = SimpleNamespace(scorer="random", top_t=20, seed=seed)
-        return train_sparse.select_rows(None, counts, step, args).tolist()
-
-    assert draw(0, 0) == draw(0, 0) != draw(1, 0) != draw(0, 1) != draw(0, 0)
+    draws = [train_sparse.select_rows(None, torch.ones(256), step, SimpleNamespace(
+        scorer="random", top_t=20, seed=seed)) for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    assert torch.equal(draws[0], draws[1]) and len({str(draw) for draw in draws}) == 3
 
 
 # Invariants 5 and 6: frozen is frozen, moments are lazy
@@ -386,18 +371,6 @@ def test_moments_are_lazy_as_with_one_torch_optimizer_per_row(size, kind, refere
 
 
 # Invariants 7, 9, 10, 11: the loop, on the embedded model
-
-def test_the_loss_is_the_mean_over_the_tokens_of_the_whole_batch():
-    data, gradients = examples(16), []  # answers of 2 to 6 tokens
-    for size in (16, 4, 1):
-        model = small_smf()
-        loss, _ = smf.backward(model, data, size)
-        gradients.append(smf.memories(model)["model.layers.1.mlp.memory"].out.weight.grad)
-        assert loss == pytest.approx(library_loss(model, data).item(), rel=1e-5)
-    assert gradients[0].any()
-    for gradient in gradients[1:]:
-        assert torch.allclose(gradient, gradients[0], rtol=1e-4, atol=1e-7)
-
 
 def same_update(run, other, parent):
     """Whether two runs on one parent updated the same rows by the same, to 1e-5."""
@@ -800,8 +773,7 @@ def test_a_collapsed_memory_is_warned_of(capsys):
     first.query.weight.data.zero_()  # now all tokens ask the same
     train_retrofit.measure(model, data, data, args)
     lines = capsys.readouterr().out.splitlines()
-    assert [("WARNING" in line) for line in lines[:3]] == [False, True, False]
-    assert "collapsed" in lines[1]
+    assert ["collapsed" in line for line in lines[:3]] == [False, True, False]
     assert lines[3] == f"held-out loss {library_loss(model, data):.4f}"  # a mean over tokens
 
 
@@ -848,7 +820,7 @@ def test_the_held_out_chats_are_not_trained_on(tmp_path, capsys):
 
 def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
     """The library's own loss, the whole batch at once, autograd's gradient of V and of the alphas,
-    clipped together; SGD on V, AdamW on the alphas; warm-up and cosine."""
+    both clipped by the norm of V's; SGD on V, AdamW on the alphas; warm-up and cosine."""
     run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=30", f"--out={tmp_path / 'parent'}")
     flags = ["--scorer=all", "--optimizer=sgd", "--lr=3e-4", "--train-alpha", "--alpha-lr=0.05"]
     sparse(tmp_path / "parent", tmp_path / "run", *flags, "--warmup=2")
@@ -858,11 +830,13 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
                if name.endswith(("memory.values", "mlp.alpha"))}
     alphas = [p for p in trained.values() if p.dim() == 0]
     adamw = torch.optim.AdamW(alphas, weight_decay=0, eps=1e-12)
-    sgd = torch.optim.SGD([p for p in trained.values() if p.dim()])
+    values = [p for p in trained.values() if p.dim()]
+    sgd = torch.optim.SGD(values)
     before, norms = state_of(model), []
     for step, batch in smf.batches(data, 16, 0, 0, 6):
         library_loss(model, batch).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item())
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in values]).item())
+        torch.nn.utils.clip_grads_with_norm_(trained.values(), 1.0, torch.tensor(norms[-1]))
         factor = min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 6))
         for optimizer, lr in ((sgd, 3e-4 / 0.01**2), (adamw, 0.05)):
             optimizer.param_groups[0]["lr"] = factor * lr
@@ -1149,15 +1123,8 @@ def test_answered_after_normalisation():
     assert evaluation.answered("It is The  Eiffel-Tower, surely", ["eiffel tower"])
     assert evaluation.answered("a king of the hill", ["King of  Hill"])  # no articles
     assert evaluation.answered("It is O’Hare", ["O'Hare"])
+    assert evaluation.answered("It is Rome", ["Paris", "ROME"])  # any alias answers
     assert not evaluation.answered("It is the Rome", ["Paris", "", "the"])  # nothing is left of it
-
-
-def test_any_alias_answers():
-    model, tokenizer = smf.load_base("tiny/model")
-    (question,) = knowledge_questions(1)
-    asked = [question._replace(aliases=aliases)
-             for aliases in (question.aliases, ["Xylo", question.answer.upper()], ["Xylo"])]
-    assert evaluation.open_questions(model, tokenizer, asked)[0] == [True, True, False]
 
 
 # Runs and their tables
@@ -1704,8 +1671,8 @@ def test_every_command_of_the_studies_is_understood():
             script, *flags = line.format(model="m", data="d").split()
             __import__(script.removesuffix(".py")).parse(flags)
     assert study.command("additive-kl+s-fresh-t9-sgd", "out", 1, "") == (
-        "train_sparse.py --parent out/additive-fresh-seed1 --scorer kl --train-alpha "
-        "--optimizer sgd --top-t 9")
+        "train_sparse.py --parent out/additive-fresh-seed1 --scorer kl --train-alpha --top-t 9")
+    assert "--optimizer adamw" in study.command("additive-kl", "out", 1, "")
 
 
 def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs):

@@ -18,11 +18,10 @@ import smf
 
 PRESETS = {
     "tiny": dict(model="tiny/model", max_length=128, k_dim=32, top_k=8, oasst_data="tiny/oasst1",
-                 background=1000, examples=1600, epochs=2, lr=2e-3, warmup=20, save_every=100),
-    # Ours: 70 steps, since more of them spoil stage 2 (results/README.md). [Gupta26]: 6,250.
+                 background=1000, save_every=100),
     "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024, micro_batch_size=4,
                   k_dim=256, top_k=16, oasst_data="OpenAssistant/oasst1", background=2000,
-                  examples=1120, epochs=1, lr=5e-4, warmup=10, save_every=20),
+                  save_every=20),
 }
 DECISIVE = ("seed", "batch_size", "alpha", "lr", "alpha_lr", "warmup", "query_momentum",
             "background")
@@ -55,12 +54,13 @@ def parse(argv=None):
         f"measured [Gupta26: 0.01] (so that what it adds has {SHARE} of the MLP's size)")
     add("--oasst-data", help="general chats, in the layout of OpenAssistant")
     add("--background", type=int, help="examples for the background statistics")
-    add("--examples", type=int, help="replies to train on")
-    add("--epochs", type=int, help="times that each is seen")
+    add("--examples", type=int, default=1120, help="replies to train on: ours, 70 steps of them. "
+        "More of them spoil stage 2 (results/README.md) [Gupta26: 50,000]")
+    add("--epochs", type=int, default=1, help="times that each is seen [Gupta26: 2]")
     add("--steps", type=int, help="steps, instead of epochs; 0: a fresh memory")
-    add("--lr", type=float, help="learning rate of the memories")
+    add("--lr", type=float, default=5e-4, help="learning rate of the memories [Gupta26]")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of alpha")
-    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up")
     add("--query-momentum", type=float, default=0.1, help="pace of the statistics that normalise "
         "the queries; 0: they are not normalised")
     return smf.parse(parser, PRESETS, argv)

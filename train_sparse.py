@@ -28,7 +28,7 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, epochs=3,
                   warmup=100, save_every=20),
 }
-LEARNING_RATE = {"adamw": 0.1, "sgd": 2.0}
+LEARNING_RATE = {"sgd": 1.0, "adamw": 0.1}
 # With parent, data and steps, what decides the weights: the same for the same run.
 DECISIVE = ("seed", "batch_size", "scorer", "top_t", "optimizer", "lr", "train_alpha", "alpha_lr",
             "warmup")
@@ -110,11 +110,11 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
             selected = select_rows(memory, counts, step, args)
             gradient = smf.row_gradient(selected, rows, weights, dy, len(counts))
             updates[f"{name}.values"] = selected, all_reduce(gradient)
+        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
         for name, alpha in alphas.items():
             updates[name] = torch.tensor([0], device=args.device), all_reduce(alpha.grad).view(1, 1)
 
         # Update these rows, and nothing else.
-        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
         factor = smf.learning_rate(step, steps, args.warmup)
         smf.log(run, step=step, loss=all_reduce(loss).item(), lr=factor * args.lr, grad_norm=norm,
                 rows=[len(updates[f"{name}.values"][0]) for name in memories])

@@ -43,26 +43,26 @@ STAGE_1 = {"untrained": "--steps 280 --lr 1e-9 --alpha-lr 1e-9", "280-steps": "-
            "lr2e-3-alpha0.01": "--steps 70 --lr 2e-3 --alpha 0.01",
            "not-normalised": "--steps 70 --lr 2e-3 --query-momentum 0"}
 SMOLLM2 = {  # {rates: conditions}
-    "4 8": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
+    "0.1 0.2": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
            "additive-tfidf+s-fresh additive-tfidf",
-    "0.25 0.5": "additive-all-fresh", "16 32": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
-    "1 2": "additive-tfidf-fresh-t2000 replacement-tfidf", "3e6 6e6": "additive-tfidf-fresh-sgd"}
+    "0.006 0.01": "additive-all-fresh", "0.4 0.8": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
+    "0.025 0.05": "additive-tfidf-fresh-t2000 replacement-tfidf", "4 8": "additive-tfidf-fresh-sgd"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone. sweep: the seeds that choose the rate. rates: {rates: conditions}, see command().
 STUDIES = {
     "tiny": dict(flags="", base="", sweep=SEEDS, starts={
         "additive-fresh": "--steps 0", "additive-retrofit": "",
-        "replacement-retrofit": "--mode replacement"}, rates={
-        "0.03 0.1 0.2 0.3 0.5": "additive-tfidf additive-kl additive-count additive-random "
+        "replacement-retrofit": "--mode replacement --examples 1600 --epochs 2 --lr 2e-3"}, rates={
+        "0.002 0.006 0.01 0.02 0.03": "additive-tfidf additive-kl additive-count additive-random "
                                 "additive-all additive-tfidf+s additive-kl+s additive-tfidf-t2000 "
                                 "additive-tfidf-fresh",
-        "0.3 1 2 4 8": "additive-tfidf-t50 additive-tfidf-t100",
-        "300 1000 3000 6000 10000": "additive-tfidf-sgd additive-all-sgd",
-        "0.01 0.03 0.1 0.2 0.3": "replacement-tfidf replacement-kl",
+        "0.02 0.06 0.1 0.2 0.5": "additive-tfidf-t50 additive-tfidf-t100",
+        "0.02 0.06 0.2 0.5 1": "additive-tfidf-sgd additive-all-sgd",
+        "0.003 0.01 0.03 0.1 0.3": "replacement-tfidf replacement-kl",
         "1e-4 2e-4 3e-4 1e-3 3e-3": "lora", "3e-5 1e-4 2e-4 3e-4 1e-3": "full"}),
     "tiny-medmcqa": dict(
         flags="--task medmcqa", base="", sweep=SEEDS, starts={"additive-retrofit": ""},
-        rates={"0.5": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
+        rates={"0.03": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
     "smollm2-facts": dict(  # the same conditions after stage 1, too
         starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,), rates={
             rates: f"{names} {names.replace('-fresh', '')}" for rates, names in SMOLLM2.items()} | {
@@ -72,7 +72,7 @@ STUDIES = {
         flags=TASK + "--task medmcqa --medmcqa-data {data}/medmcqa --steps 60 --eval-examples 500"),
     "smollm2-stage-1": dict(
         starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE,
-        sweep=(0,), rates={"1 2 4 8": "after-280-steps", "0.5 1 2 4 8": "after-lr2e-3", "8":
+        sweep=(0,), rates={"0.025 0.05 0.1 0.2": "after-280-steps after-lr2e-3", "0.2":
                            "after-alpha0.01 after-lr2e-3-alpha0.01 after-not-normalised"}),
 }
 HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-random-fresh",
@@ -84,10 +84,10 @@ def command(condition, out, seed, base):
     if condition in ("lora", "full"):
         return f"baselines.py --method {condition} {base}"
     if condition.startswith("after-"):
-        return f"train_sparse.py --parent {out}/{condition[6:]}-seed{seed}"
+        return f"train_sparse.py --optimizer adamw --parent {out}/{condition[6:]}-seed{seed}"
     mode, scorer, *rest = condition.split("-")
     start = f"{out}/{mode}-{'fresh' if 'fresh' in rest else 'retrofit'}-seed{seed}"
-    flags = ["--train-alpha"] * scorer.endswith("+s") + ["--optimizer sgd"] * ("sgd" in rest)
+    flags = ["--train-alpha"] * ("+s" in scorer) + ["--optimizer adamw"] * ("sgd" not in rest)
     flags += [f"--top-t {part[1:]}" for part in rest if part[0] == "t"]
     return f"train_sparse.py --parent {start} --scorer {scorer.split('+')[0]} {' '.join(flags)}"
 
