@@ -687,12 +687,11 @@ def test_a_fresh_memory_has_its_share_of_the_size_of_the_mlp_on_general_text(tmp
     mlps = [block.mlp for block in smf.decoder_blocks(base)]
     torch.manual_seed(0)
     smf.retrofit(base, [1, 2, 3], mode, size, n_keys=32, heads=4, k_dim=32, top_k=4)
-    expected = {name: p for name, p in base.named_parameters() if name in smf.memory_state(base)}
-    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    assert all(torch.equal(found[n], p) for n, p in base.named_parameters() if p.requires_grad)
     assert found.keys() == smf.memory_state(base).keys()
     assert found["model.layers.1.mlp.memory.num_batches"] == 40
-    model, chats = smf.load(tmp_path / "fresh")[0], train_retrofit.general_chats(
-        train_retrofit.parse([]))[128:168]
+    model, args = smf.load(tmp_path / "fresh")[0], train_retrofit.parse([])
+    chats = train_retrofit.general_chats(args)[128:168]
     batch = smf.collate([smf.encode(tokenizer, *chat, 128) for chat in chats])
     for i, (name, (x, *_)) in enumerate(smf.read_only(model, batch).items(), 1):
         memory, x = model.get_submodule(name), x[batch["attention_mask"].bool()]
@@ -706,9 +705,8 @@ def test_a_fresh_memory_has_its_share_of_the_size_of_the_mlp_on_general_text(tmp
 
 def test_the_papers_fixed_alpha_leaves_the_scale_unmeasured(tmp_path):
     run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=0.3", f"--out={tmp_path / 'run'}")
-    model = smf.load(tmp_path / "run")[0]
-    assert model.model.layers[1].mlp.alpha == pytest.approx(0.3)
-    assert all(memory.scale == 1 for memory in smf.memories(model).values())
+    for name, tensor in delta(tmp_path / "run").items():
+        assert not name.endswith(("alpha", "scale")) or tensor == (0.3 if "alpha" in name else 1)
 
 
 def test_the_scale_of_the_inputs_and_of_the_mlps_changes_nothing(tmp_path):
