@@ -23,7 +23,7 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024,
                   micro_batch_size=4, epochs=3, warmup=100, save_every=200),
 }
-# tiny: chosen in results/README.md. paper: usual rates, which carry over as they are.
+# tiny: chosen in results/README.md. paper: usual rates, left as they are.
 LEARNING_RATE = {"tiny": {"lora": 1e-3, "full": 2e-4}, "paper": {"lora": 3e-4, "full": 3e-5}}
 DECISIVE = ("method", "seed", "batch_size", "lr", "warmup")
 LORA_RANK, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 section 3.3]; ALPHA is ours

@@ -224,7 +224,7 @@ def token_losses(model, tokens, window, stride, first, size=2):
     """-log p of every token, each scored once, in a window that moves by `stride`: of each window
     only the tokens not yet scored count [Gupta26 appendix C]. Every window begins with the tokens
     `first`, which are not scored. If there are none, the first token of the text is not."""
-    n = window - len(first)
+    n, stride = window - len(first), min(stride, window - len(first))
     examples = [smf.Example(first + tokens[i:i + n], window - stride if i else len(first) or 1)
                 for i in range(0, max(1, len(tokens) - n + stride), stride)]
     losses = []
@@ -333,7 +333,7 @@ SETTINGS = ("task", "facts_data", "num_facts", "medmcqa_data", "num_questions", 
 
 def evaluate_run(run, data, args):
     """evaluate(), in float32, kept in RUN/eval.json for each split and setting."""
-    settings = {name: vars(args)[name] for name in SETTINGS}
+    settings = {"measures": 2} | {name: vars(args)[name] for name in SETTINGS}  # 1: no first token
     settings["data"] = smf.sha256(json.dumps(data[1:]).encode()).hexdigest()
     key, file = json.dumps(settings, sort_keys=True), run / "eval.json"
     results = smf.read_json(file) if file.exists() else {}

@@ -65,8 +65,8 @@ class ProductKeyMemory(nn.Module):
         nn.init.normal_(self.keys, std=(k_dim // 2) ** -0.5)  # scores of unit variance
         for weight in (self.values, self.query.weight, self.gate.weight, self.out.weight):
             nn.init.normal_(weight, std=d_model**-0.5)
-        self.register_buffer("x_rms", torch.tensor(1.0))  # the size of x, and the factor that gives
-        self.register_buffer("scale", torch.tensor(1.0))  # Mem(x) the size of MLP(x): measured
+        self.register_buffer("x_rms", torch.tensor(1.0))  # RMS of x: train_retrofit.py measures it
+        self.register_buffer("scale", torch.tensor(1.0))  # gives Mem(x) the MLP's size: likewise
         self.register_buffer("query_mean", torch.zeros(heads * k_dim))
         self.register_buffer("query_var", torch.ones(heads * k_dim))
         self.register_buffer("doc_freq", torch.zeros(n_keys**2, dtype=torch.int64))

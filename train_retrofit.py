@@ -25,7 +25,7 @@ PRESETS = {
 }
 DECISIVE = ("seed", "batch_size", "alpha", "lr", "alpha_lr", "warmup", "query_momentum",
             "background")
-SHARE = 0.01  # RMS(alpha Mem(x)) / RMS(MLP(x)) at the start: ours, the most that changes nothing
+SHARE = 0.01  # RMS(alpha Mem(x)) / RMS(MLP(x)) at the start: ours, .1 changes what tiny says
 HELD_OUT = 128  # chats kept from training, for the held-out loss
 
 
@@ -43,26 +43,23 @@ def parse(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (bfloat16 on a GPU)",
         default="bfloat16" if smf.DEVICES[0] == "cuda" else "float32")
     add("--out", type=Path, help="directory of the run (out/PRESET/retrofit-seedSEED)")
-    add("--mode", choices=["additive", "replacement"], default="additive",
-        help="the MLP and the memory, or the memory instead of the MLP")
+    add("--mode", choices=["additive", "replacement"], default="additive", help="MLP: keep or drop")
     add("--layers", type=int, nargs="+", help="blocks that get a memory (at 1/4, 1/2, 3/4)")
     add("--n-keys", type=int, default=128, help="sub-keys per half; n_keys**2 rows")
     add("--heads", type=int, default=4)
     add("--k-dim", type=int, help="width of a head's query")
     add("--top-k", type=int, help="rows that a head reads")
-    add("--alpha", type=float, help="fixed factor of the memory at the start, its scale not "
-        f"measured [Gupta26: 0.01] (so that what it adds has {SHARE} of the MLP's size)")
+    add("--alpha", type=float, help="a fixed factor, as in [Gupta26] (0.01): the scale is not "
+        f"measured, and rates do not carry over (what a memory adds has {SHARE} of the MLP's size)")
     add("--oasst-data", help="general chats, in the layout of OpenAssistant")
     add("--background", type=int, help="examples for the background statistics")
-    add("--examples", type=int, default=1120, help="replies to train on: ours, 70 steps of them. "
-        "More of them spoil stage 2 (results/README.md) [Gupta26: 50,000]")
+    add("--examples", type=int, default=1120, help="replies: more spoil stage 2 [Gupta26: 50,000]")
     add("--epochs", type=int, default=1, help="times that each is seen [Gupta26: 2]")
     add("--steps", type=int, help="steps, instead of epochs; 0: a fresh memory")
     add("--lr", type=float, default=5e-4, help="learning rate of the memories [Gupta26]")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of alpha")
     add("--warmup", type=int, default=10, help="steps of linear warm-up")
-    add("--query-momentum", type=float, default=0.1, help="pace of the statistics that normalise "
-        "the queries; 0: they are not normalised")
+    add("--query-momentum", type=float, default=0.1, help="of the queries' statistics; 0: no use")
     return smf.parse(parser, PRESETS, argv)
 
 
@@ -88,8 +85,8 @@ def calibrate(model, mlps, batches, args):
 
     differs: the papers fix alpha. What a memory adds then depends on the model, and a learning rate
     that is right for one ruins another. RMS(Mem(x)) / RMS(MLP(x)) of fresh memories without this:
-        tiny .010 .008 .003, SmolLM2-135M .0013 .0011 .0006,
-        Qwen2.5 0.5B .071 .070 .043, Gemma 3 270M .095 .054 .048. With it: alpha on every model."""
+        tiny .012 .012 .005, SmolLM2-135M .0013 .0011 .0006,
+        Qwen2.5 0.5B .072 .072 .045, Gemma 3 270M .097 .058 .052. With it they are 1."""
     def rms(x):
         return x.float().square().mean(-1).sqrt()  # (S,)
 
@@ -101,6 +98,7 @@ def calibrate(model, mlps, batches, args):
             memory.track_queries(x, momentum=1.0)
         if args.alpha is None:
             memory.scale.copy_((rms(mlp(x.to(model.dtype))) / rms(memory(x))).median())
+        print(f"{name}: RMS of its input {memory.x_rms:.3g}, scale {memory.scale:.3g}")
 
 
 def spread(counts):
@@ -161,6 +159,8 @@ def main(argv=None):
     args = parse(argv)
     if smf.WORLD_SIZE > 1:
         raise smf.BadInput("torchrun: run train_retrofit.py without it, in one process")
+    if args.alpha and args.mode == "replacement":
+        raise smf.BadInput("--alpha: replacement has no alpha; leave it out")
     run = args.out or Path("out", args.preset, f"retrofit-seed{args.seed}")
     model, tokenizer = smf.load_base(args.model, args.dtype, args.device)
     base = smf.weights_sha256(model)

@@ -28,8 +28,8 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, epochs=3,
                   warmup=100, save_every=20),
 }
-# Of a memory with all of the output, whose initial rows have length 1 on every model: so the rate
-# is relative to both. [Lin25]: SGD, 0.1 to 5. Chosen on four models, results/README.md.
+# For a memory of the MLP's size, whose initial rows have length 1 on every model: so one rate fits
+# all models. [Lin25]: SGD, 0.1 to 5. Ours: chosen on four models with 60 steps, results/README.md.
 LEARNING_RATE = {"sgd": 1.0, "adamw": 0.1}
 # With parent, data and steps, what decides the weights: the same for the same run.
 DECISIVE = ("seed", "batch_size", "scorer", "top_t", "optimizer", "lr", "train_alpha", "alpha_lr",
@@ -90,9 +90,9 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
     alphas = {name: p for name, p in model.named_parameters() if name.endswith(".mlp.alpha")}
-    share = train_retrofit.SHARE if alphas else 1.0  # of the output, with which a memory began
-    std = model.config.get_text_config().hidden_size**-0.5  # of the initial rows
-    unit = std / share if args.optimizer == "adamw" else 1 / share**2  # of --lr
+    share = train_retrofit.SHARE if alphas else 1.0  # size of what it adds, beside MLP(x), at first
+    std = model.config.get_text_config().hidden_size**-0.5  # of the numbers in initial rows
+    unit = std / share if args.optimizer == "adamw" else 1 / share**2  # what --lr 1 is for a row
     alphas = alphas if args.train_alpha else {}
     for name, alpha in alphas.items():  # +S: a table of one row, which every step selects
         optimizers[name] = smf.RowOptimizer(alpha.requires_grad_().detach().view(1, 1))

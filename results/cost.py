@@ -98,7 +98,7 @@ def prepare(name, model):
         inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05,
                                            target_modules="all-linear"), model)
     else:
-        smf.retrofit(model, layers, "additive", 1.0, n_keys=1024 if "1,048,576" in name else 128)
+        smf.retrofit(model, layers, n_keys=1024 if "1,048,576" in name else 128)
         if name in ("stage 1", "plain AdamW loop"):
             return train_retrofit
         model.requires_grad_(False)
@@ -116,10 +116,10 @@ def train(name, config, args, mine, other, results):
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
     examples = Turns([smf.Example(row, start) for row in ids], mine, other, args.device)
     micro = args.batch_size if "whole" in name else args.micro_batch_size
-    flags = ["--device", args.device, "--batch-size", str(args.batch_size)]
-    flags += ["--micro-batch-size", str(micro)] + ["--method", "full"] * (name == "full")
+    flags = f"--device {args.device} --batch-size {args.batch_size} --micro-batch-size {micro}"
+    flags += " --method full" * (name == "full") + " --optimizer adamw" * (script is train_sparse)
     loop = plain_loop if name == "plain AdamW loop" else script.train
-    loop(model, examples, args.rounds + 1, Path(tempfile.mkdtemp()), script.parse(flags))
+    loop(model, examples, args.rounds + 1, Path(tempfile.mkdtemp()), script.parse(flags.split()))
     examples.end_step()
     tables = sum(memory.values.nbytes for memory in smf.memories(model).values()) / 2**30
     peak = peak_memory(args.device) - before

@@ -53,16 +53,16 @@ STUDIES = {
     "tiny": dict(flags="", base="", sweep=SEEDS, starts={
         "additive-fresh": "--steps 0", "additive-retrofit": "",
         "replacement-retrofit": "--mode replacement --examples 1600 --epochs 2 --lr 2e-3"}, rates={
-        "0.002 0.006 0.01 0.02 0.03": "additive-tfidf additive-kl additive-count additive-random "
+        "0.003 0.01 0.02 0.03 0.05": "additive-tfidf additive-kl additive-count additive-random "
                                 "additive-all additive-tfidf+s additive-kl+s additive-tfidf-t2000 "
                                 "additive-tfidf-fresh",
-        "0.02 0.06 0.1 0.2 0.5": "additive-tfidf-t50 additive-tfidf-t100",
-        "0.02 0.06 0.2 0.5 1": "additive-tfidf-sgd additive-all-sgd",
+        "0.02 0.08 0.2 0.3 0.6": "additive-tfidf-t50 additive-tfidf-t100",
+        "0.03 0.1 0.3 0.6 1": "additive-tfidf-sgd additive-all-sgd",
         "0.003 0.01 0.03 0.1 0.3": "replacement-tfidf replacement-kl",
         "1e-4 2e-4 3e-4 1e-3 3e-3": "lora", "3e-5 1e-4 2e-4 3e-4 1e-3": "full"}),
     "tiny-medmcqa": dict(
         flags="--task medmcqa", base="", sweep=SEEDS, starts={"additive-retrofit": ""},
-        rates={"0.03": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
+        rates={"0.04": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
     "smollm2-facts": dict(  # the same conditions after stage 1, too
         starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,), rates={
             rates: f"{names} {names.replace('-fresh', '')}" for rates, names in SMOLLM2.items()} | {
@@ -73,7 +73,7 @@ STUDIES = {
     "smollm2-stage-1": dict(
         starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE,
         sweep=(0,), rates={"0.025 0.05 0.1 0.2": "after-280-steps after-lr2e-3", "0.2":
-                           "after-alpha0.01 after-lr2e-3-alpha0.01 after-not-normalised"}),
+                           "after-not-normalised", "2": "after-alpha0.01 after-lr2e-3-alpha0.01"}),
 }
 HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-random-fresh",
             "additive-all-fresh", "lora", "full")  # headline.png; frontier.png has the others, too
