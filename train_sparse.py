@@ -28,10 +28,7 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, epochs=3,
                   warmup=100, save_every=20),
 }
-# For a memory of the MLP's size, whose initial rows have length 1 on every model: so one rate fits
-# all models. [Lin25]: SGD, 0.1 to 5. Ours: chosen on four models with 60 steps, results/README.md.
-LEARNING_RATE = {"sgd": 1.0, "adamw": 0.1}
-# With parent, data and steps, what decides the weights: the same for the same run.
+LEARNING_RATE = {"sgd": 1.0, "adamw": 0.1}  # chosen on four models in 60 steps (results/README.md)
 DECISIVE = ("seed", "batch_size", "scorer", "top_t", "optimizer", "lr", "train_alpha", "alpha_lr",
             "warmup")
 
@@ -85,15 +82,20 @@ def select_rows(memory, counts, step, args):
     return smf.top_rows(scores, counts, len(counts) if args.scorer == "all" else args.top_t)
 
 
+def unit_of_rates(model, optimizer):
+    """What --lr 1 is for a row: so one rate fits all models, and a memory of any size (README)."""
+    additive = any(isinstance(module, smf.AdditiveMemory) for module in model.modules())
+    share = train_retrofit.SHARE if additive else 1.0  # size of a new memory, beside the MLP
+    std = model.config.get_text_config().hidden_size**-0.5  # of the numbers in initial rows
+    return std / share if optimizer == "adamw" else 1 / share**2
+
+
 def train(model, examples, steps, run, args):  # -> what was learned, {name: tensor}
-    memories = smf.memories(model)
+    memories, unit = smf.memories(model), unit_of_rates(model, args.optimizer)
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
-    alphas = {name: p for name, p in model.named_parameters() if name.endswith(".mlp.alpha")}
-    share = train_retrofit.SHARE if alphas else 1.0  # size of what it adds, beside MLP(x), at first
-    std = model.config.get_text_config().hidden_size**-0.5  # of the numbers in initial rows
-    unit = std / share if args.optimizer == "adamw" else 1 / share**2  # what --lr 1 is for a row
-    alphas = alphas if args.train_alpha else {}
+    alphas = {name: p for name, p in model.named_parameters()
+              if name.endswith(".mlp.alpha") and args.train_alpha}
     for name, alpha in alphas.items():  # +S: a table of one row, which every step selects
         optimizers[name] = smf.RowOptimizer(alpha.requires_grad_().detach().view(1, 1))
     done, state = smf.load_checkpoint(run)
@@ -136,8 +138,7 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
 
 
 def load_parent(args):
-    """The run to start from, made first if it is the default one and missing -> its path, model,
-    tokenizer."""
+    """-> the run to start from (the default one is made if it is missing), its model, tokenizer."""
     parent = args.parent or Path("out", args.preset, f"retrofit-seed{args.seed}")
     if not args.parent and not smf.finished(parent):
         print(f"there is no finished {parent} yet: running stage 1 first")
