@@ -43,7 +43,7 @@ def parse(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (bfloat16 on a GPU)",
         default="bfloat16" if smf.DEVICES[0] == "cuda" else "float32")
     add("--out", type=Path, help="directory of the run (out/PRESET/retrofit-seedSEED)")
-    add("--mode", choices=["additive", "replacement"], default="additive", help="MLP: keep or drop")
+    add("--mode", choices=["additive", "replacement"], default="additive", help="keep the MLP?")
     add("--layers", type=int, nargs="+", help="blocks that get a memory (at 1/4, 1/2, 3/4)")
     add("--n-keys", type=int, default=128, help="sub-keys per half; n_keys**2 rows")
     add("--heads", type=int, default=4)
@@ -59,7 +59,7 @@ def parse(argv=None):
     add("--lr", type=float, default=5e-4, help="learning rate of the memories [Gupta26]")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of alpha")
     add("--warmup", type=int, default=10, help="steps of linear warm-up")
-    add("--query-momentum", type=float, default=0.1, help="of the queries' statistics; 0: no use")
+    add("--query-momentum", type=float, default=0.1, help="of the queries' statistics; 0: none")
     return smf.parse(parser, PRESETS, argv)
 
 
@@ -92,7 +92,7 @@ def calibrate(model, mlps, batches, args):
 
     for (name, memory), mlp in zip(smf.memories(model).items(), mlps):  # the lowest first
         x = torch.cat([smf.read_only(model, batch)[name][0][batch["attention_mask"].bool()]
-                       for batch in batches])  # (S, D)
+                       for batch in tqdm(batches, "calibrate", leave=False)])  # (S, D)
         memory.x_rms.copy_(rms(x).median())  # now queries and gate have inputs of unit size
         if args.query_momentum:
             memory.track_queries(x, momentum=1.0)
@@ -189,8 +189,8 @@ def main(argv=None):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")
     if not (run / "checkpoint.pt").exists():
-        calibrate(model, [mlps[layer] for layer in layers],
-                  list(collated(general[:64], args, "calibrate")), args)
+        batches = list(collated(general[:64], args, "calibrate"))
+        calibrate(model, [mlps[layer] for layer in layers], batches, args)
     train(model, examples, steps, run, args)
     measure(model, general, held_out, args)
     smf.finish_run(run, smf.memory_state(model))
