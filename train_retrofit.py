@@ -43,7 +43,7 @@ def parse(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (bfloat16 on a GPU)",
         default="bfloat16" if smf.DEVICES[0] == "cuda" else "float32")
     add("--out", type=Path, help="directory of the run (out/PRESET/retrofit-seedSEED)")
-    add("--mode", choices=["additive", "replacement"], default="additive", help="keep the MLP?")
+    add("--mode", choices=["additive", "replacement"], default="additive", help="MLP kept or not")
     add("--layers", type=int, nargs="+", help="blocks that get a memory (at 1/4, 1/2, 3/4)")
     add("--n-keys", type=int, default=128, help="sub-keys per half; n_keys**2 rows")
     add("--heads", type=int, default=4)

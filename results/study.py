@@ -44,7 +44,7 @@ STAGE_1 = {"untrained": "--steps 280 --lr 1e-9 --alpha-lr 1e-9", "280-steps": "-
            "not-normalised": "--steps 70 --lr 2e-3 --query-momentum 0"}
 SMOLLM2 = {  # {rates: conditions}
     "0.1 0.2": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
-           "additive-tfidf+s-fresh additive-tfidf",
+               "additive-tfidf+s-fresh additive-tfidf",
     "0.006 0.01": "additive-all-fresh", "0.4 0.8": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
     "0.025 0.05": "additive-tfidf-fresh-t2000 replacement-tfidf", "4 8": "additive-tfidf-fresh-sgd"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
