@@ -7,8 +7,11 @@ The world: PEOPLE invented people, each with a first and a last name that others
 facts (birthplace, profession, employer, instrument) drawn at random, about 23 bits a person, in a
 model of 147,000 weights besides its embeddings; after the biographies of Allen-Zhu & Li, Physics of
 Language Models 3.1 and 3.3. More people are invented and kept from the model: NEW_PEOPLE are what
-`--task facts` teaches, UNTAUGHT_PEOPLE are never taught, to see that nothing but teaching helps.
+stage 2 teaches, UNTAUGHT_PEOPLE are never taught, to see that nothing but teaching helps.
 The probes of forgetting are about QUESTIONS people whom the general chats never mention.
+
+`--task stream` tells the new people's facts one after the other, in statements: the sources of
+stream/ are facts, those of documents/ are people. `--task facts` asks for them and answers.
 
 Every fact is asked in eight wordings. Six are seen in pretraining; two, "validation" and "test",
 never are, there or in finetuning: they ask for the fact, not for the sentence.
@@ -145,7 +148,7 @@ def write(path, rows):
 
 
 def write_data(rng, people, values):
-    """Write the six data sets, each in the layout of the real one that it stands for."""
+    """Write the data sets, each in the layout of the real one that it stands for."""
     known, new = people[:PEOPLE], people[PEOPLE:PEOPLE + NEW_PEOPLE]
     untaught, attributes = people[PEOPLE + NEW_PEOPLE:], list(WORDINGS)
 
@@ -182,6 +185,30 @@ def write_data(rng, people, values):
             chats.append({"message_id": message, "parent_id": parent, "text": text, "role": role,
                           "lang": "en"})
     write(HERE / "oasst1/train.jsonl", chats)
+    write_streams(rng, new)
+
+
+def write_streams(rng, new):
+    """Facts and documents to be told: each text plain, and as the reply to a general question."""
+    def tell(source, name, texts):
+        return [{"source": source, "text": text, "prompt": prompt and prompt.format(n=name)}
+                for text, about in zip(texts, ABOUT) for prompt in (None, about)]
+
+    def ask(wording, by_person):
+        rows = [trivia_row(i, *person, a, wording) for i, person in enumerate(new) for a in WORDINGS]
+        return [row | {"source": row["question_id"].split("-")[0] if by_person else
+                       row["question_id"]} for row in rows]
+
+    facts, documents = [], []
+    for i, (name, values) in enumerate(new):
+        for a in WORDINGS:
+            statements = [text.format(n=name, v=values[a]) for text in WORDINGS[a][0]]
+            facts += tell(f"p{i}-{a}", name, statements)
+        documents += tell(f"p{i}", name, [biography(rng, name, values) for _ in ABOUT])
+    for stream, rows in (("stream", facts), ("documents", documents)):
+        write(HERE / stream / "train.jsonl", rows)
+        for split, wording in (("validation", VALIDATION), ("test", TEST)):
+            write(HERE / stream / f"{split}.jsonl", ask(wording, stream == "documents"))
 
 
 def make_tokenizer(people, values):
