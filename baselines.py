@@ -7,33 +7,33 @@ LoRA: [Hu21] arXiv 2106.09685. The loop is that of train_sparse.py, but for what
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import eval as evaluation
 import smf
+import train_retrofit
 
 PRESETS = {
-    "tiny": dict(evaluation.PRESETS["tiny"], model="tiny/model", max_length=128, epochs=20,
-                 warmup=10, save_every=100),
+    "tiny": dict(evaluation.PRESETS["tiny"], model="tiny/model", max_length=128, save_every=100,
+                 oasst_data="tiny/oasst1"),
     "paper": dict(evaluation.PRESETS["paper"], model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024,
-                  micro_batch_size=4, epochs=3, warmup=100, save_every=200),
+                  micro_batch_size=4, save_every=200, oasst_data="OpenAssistant/oasst1"),
 }
 # tiny: chosen in results/README.md. paper: usual rates, left as they are.
 LEARNING_RATE = {"tiny": {"lora": 1e-3, "full": 2e-4}, "paper": {"lora": 3e-4, "full": 3e-5}}
-DECISIVE = ("method", "seed", "batch_size", "lr", "warmup")
+DECISIVE = ("method", "task", "seed", "batch_size", "passes", "warmup", "ask_every", "optimizer",
+            "lr", "replay")
 LORA_RANK, ALPHA, DROPOUT = 16, 32, 0.05  # [Gupta26 section 3.3]; ALPHA is ours
 
 
 class LoRALinear(nn.Module):
     """y = W x + ALPHA / LORA_RANK * B A dropout(x): W is frozen, B is 0 at the start [Hu21].
-
-    A new module is in training mode, so dropout is on until model.eval().
-    """
+    Dropout is on where gradients are wanted, so not where the model is asked."""
 
     def __init__(self, linear):
         super().__init__()
@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x):
-        low = F.dropout(x.float(), DROPOUT, self.training) @ self.A.T  # (B, T, LORA_RANK)
+        low = F.dropout(x.float(), DROPOUT, torch.is_grad_enabled()) @ self.A.T  # (B, T, LORA_RANK)
         return self.linear(x) + (ALPHA / LORA_RANK * low @ self.B.T).to(x.dtype)  # (B, T, out)
 
 
@@ -59,23 +59,29 @@ def add_lora(model):
         raise smf.BadInput("--method lora: this model has no nn.Linear; use --method full")
 
 
-def train(model, examples, steps, run, args):
-    """AdamW on all that requires a gradient -> {name: parameter} of that."""
+def train(model, tokenizer, data, plan, run, args):
+    """AdamW or SGD on all that requires a gradient -> {name: parameter} of that."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.optimizer]
+    optimizer = kind(trained.values(), weight_decay=0.0)
+    chats = train_retrofit.general_chats(args) if args.replay else []
+    general = [smf.encode(tokenizer, *chat, args.max_length) for chat in chats]
     done, state = smf.load_checkpoint(run)
     if state:
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
     mixed = args.method == "full" and args.dtype == "bfloat16"  # the weights stay float32
 
-    for step, batch in smf.batches(examples, args.batch_size, args.seed, done, steps):
+    for step in tqdm(range(done, len(plan)), initial=done, total=len(plan)):
+        asked = evaluation.ask_along(model, tokenizer, data, step, args)
+        batch = plan[step] + [general[(step * args.replay + i) % len(general)]
+                              for i in range(args.replay)]
         torch.manual_seed(1_000_003 * args.seed + step)  # of dropout
         with torch.autocast(args.device, torch.bfloat16, enabled=mixed):
             loss, _ = smf.backward(model, batch, args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-        lr = args.lr * smf.learning_rate(step, steps, args.warmup)
-        smf.log(run, step=step, loss=loss.item(), lr=lr, grad_norm=norm)
+        lr = args.lr * evaluation.learning_rate(step, len(plan), args)
+        smf.log(run, step=step, loss=loss.item(), lr=lr, grad_norm=norm, **asked)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -100,10 +106,11 @@ def parse(argv=None):
         default="bfloat16" if smf.DEVICES[0] == "cuda" else "float32")
     add("--out", type=Path, help="directory of the run (out/PRESET/METHOD-seedSEED)")
     add("--method", choices=["lora", "full"], default="lora")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--lr", type=float, help=f"learning rate ({LEARNING_RATE})")
-    add("--epochs", type=int, help="times that each example is seen")
-    add("--steps", type=int, help="steps, instead of epochs")
-    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--replay", type=int, default=0, help="general chats added to each batch, not to forget")
+    add("--oasst-data", help="these chats, in the layout of OpenAssistant")
+    add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
     args.lr = args.lr or LEARNING_RATE[args.preset][args.method]
@@ -118,19 +125,18 @@ def main(argv=None):
     data, lora = evaluation.load_data(args), args.method == "lora"
     dtype = args.dtype if lora else "float32"
     model, tokenizer = smf.load_base(args.model, dtype, args.device)
-    examples = evaluation.training_examples(model, tokenizer, data, args)
-    steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
+    plan, data_sha256 = evaluation.training_plan(model, tokenizer, data, args)
     config = {"base": smf.base_name(args.model), "parent_sha256": smf.weights_sha256(model),
-              "dtype": "float32", "trained_in": args.dtype, "steps": steps,
-              "data": smf.sha256(json.dumps(examples).encode()).hexdigest()}
+              "dtype": "float32", "trained_in": args.dtype, "steps": len(plan),
+              "data": data_sha256}
     if lora:  # dropout draws its masks a micro-batch at a time
         config["micro_batch_size"] = args.micro_batch_size
     smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
     if not smf.finished(run):
-        print(f"{args.method}: {steps} steps, {len(examples)} examples -> {run}")
+        print(f"{args.task}, {args.method}: {len(plan)} steps -> {run}")
         torch.manual_seed(args.seed)
         add_lora(model) if lora else model.requires_grad_(True)
-        changed = train(model, examples, steps, run, args)
+        changed = train(model, tokenizer, data, plan, run, args)
         if lora:  # a delta of W is B A: the factor ALPHA / LORA_RANK goes into B
             changed = {name.replace(".A", ".weight:A").replace(".B", ".weight:B"):
                        p * (ALPHA / LORA_RANK if name.endswith(".B") else 1)

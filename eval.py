@@ -3,14 +3,16 @@
     python eval.py                          # every finished run below out
     python eval.py RUN_DIR ...
     python eval.py RUN_DIR --split validation
+    python eval.py RUN_DIR --ask "Where was Nuto Lilton born?"    # the answers of all it is based on
 
 A run is measured on the task and data that it was made with (the flags in its config.json), unless
-a flag says otherwise. The measures stay in its eval.json, and are read from there the next time.
-They are, +- standard error:
+a flag says otherwise. The measures and the answers stay in its eval.json, for the next time.
+The measures are, +- standard error:
 
-  target      facts: share of the taught facts that are recalled (greedy, any alias);
+  target      share of the questions about what was taught that are answered (greedy, any alias);
               medmcqa: share of questions whose right option has the highest mean log-likelihood
-  target LL   mean log-likelihood of a token of the answer
+  oldest      stream: target, but only for the first quarter of what was told; newest: the last
+  target LL   mean log-likelihood of a token of the answer; of a stream without questions: of a text
   untaught    share of facts recalled that no run is taught: chance, or the target leaks
   perplexity  of general text, every token scored once, in a sliding window
   knowledge   share of other questions, never taught, that are answered; LL as above;
@@ -25,32 +27,39 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 import smf
 
 PRESETS = {
-    "tiny": dict(task="facts", facts_data="tiny/facts", num_facts=160, medmcqa_data="tiny/medmcqa",
-                 num_questions=1000, split="test", trivia_data="tiny/trivia_qa",
-                 untaught_data="tiny/untaught", wikitext_data="tiny/wikitext", eval_examples=1000,
-                 window=128, stride=64),
-    "paper": dict(task="medmcqa", facts_data="mandarjoshi/trivia_qa:rc.nocontext", num_facts=500,
-                  medmcqa_data="openlifescienceai/medmcqa", num_questions=60000, split="test",
-                  trivia_data="mandarjoshi/trivia_qa:rc.nocontext", window=1024, stride=512,
-                  wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1", eval_examples=1000),
+    "tiny": dict(task="stream", stream_data="tiny/stream", passes=4, facts_data="tiny/facts",
+                 epochs=20, warmup=10, medmcqa_data="tiny/medmcqa", num_questions=1000,
+                 split="test", trivia_data="tiny/trivia_qa", untaught_data="tiny/untaught",
+                 wikitext_data="tiny/wikitext", eval_examples=1000, window=128, stride=64),
+    "paper": dict(task="medmcqa", stream_data="", passes=1, epochs=3, warmup=100, window=1024,
+                  facts_data="mandarjoshi/trivia_qa:rc.nocontext", stride=512, split="test",
+                  medmcqa_data="openlifescienceai/medmcqa", num_questions=60000,
+                  trivia_data="mandarjoshi/trivia_qa:rc.nocontext", eval_examples=1000,
+                  wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1"),
 }
 
 
 def add_flags(parser):
-    """The flags that say what to learn and what to measure."""
+    """The flags that say what to learn, how long, and what to measure."""
     add = parser.add_argument_group("task and evaluation").add_argument
-    add("--task", choices=["facts", "medmcqa"], help="what to learn")
+    add("--task", choices=["stream", "facts", "medmcqa"], help="what to learn: sources one after "
+        "the other, or questions and answers, or four-choice questions, shuffled")
+    add("--stream-data", help="what to tell: columns text and, if there, source and prompt; a .txt "
+        "of paragraphs; with questions about it in a split of their own")
+    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"),
+        help="stream, facts: learn only these sources, counted from 0, without END (all)")
+    add("--passes", type=int, help="stream: steps for each source")
+    add("--epochs", type=int, help="facts, medmcqa: times that each example is seen")
+    add("--steps", type=int, help="steps, instead of epochs or of the whole stream")
+    add("--warmup", type=int, help="facts, medmcqa: steps of linear warm-up")
     add("--facts-data", help="facts to learn, in the layout of TriviaQA")
-    add("--num-facts", type=int, help="facts: learn the first so many")
     add("--medmcqa-data", help="four-choice questions to learn, in the layout of MedMCQA")
     add("--num-questions", type=int, help="medmcqa: learn so many at most")
     add("--split", choices=["test", "validation"], help="of the target; validation: choose rates")
@@ -67,10 +76,11 @@ def add_flags(parser):
 
 
 class Question(NamedTuple):
-    prompt: str
+    prompt: str  # None: the answer is a text without a prompt
     answer: str
     aliases: list = []  # of an open question: what counts as an answer
     options: list = []  # of a multiple-choice question
+    source: int = None  # the place in the data of the source, or fact, that it belongs to
 
 
 class Data(NamedTuple):
@@ -85,17 +95,37 @@ def is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
 
-def load_trivia(flag, name, split):
-    """Rows in TriviaQA's layout -> [(question_id, Question)]."""
-    questions = []
-    for row in smf.load_rows(flag, name, split, ("question", "question_id", "answer")):
-        answer = row["answer"] if isinstance(row["answer"], dict) else {}
-        if not is_text(row["question"]) or not is_text(answer.get("value")):
-            raise smf.BadInput(f"{flag} {name}: question {row['question_id']} has no text or no "
-                               f"answer.value; give both, or remove the row")
-        aliases = [answer["value"], *filter(is_text, answer.get("aliases") or [])]
-        questions.append((row["question_id"], Question(row["question"], answer["value"], aliases)))
+def load_questions(flag, name, split):
+    """Rows in TriviaQA's layout, or with a plain answer -> [(id, Question)]. id: its source, or
+    else its question_id, or None."""
+    questions, optional = [], ("source", "question_id")
+    rows = smf.load_rows(flag, name, split, ("question", "answer"), optional)
+    for number, row in enumerate(rows, 1):
+        answer = row["answer"] if isinstance(row["answer"], dict) else {"value": row["answer"]}
+        value = str(answer.get("value") or "")
+        if not is_text(row["question"]) or not is_text(value):
+            raise smf.BadInput(f"{flag} {name}: question {number} of {split} has no text or no "
+                               f"answer (answer.value); give both, or remove the row")
+        aliases = [value, *filter(is_text, answer.get("aliases") or [])]
+        source = next((str(row[c]) for c in optional if row.get(c) is not None), None)
+        questions.append((source, Question(row["question"], value, aliases)))
     return questions
+
+
+def load_texts(flag, name):
+    """What a stream tells, in the order of the data -> [(id of its source or None, Question)]."""
+    texts = []
+    for number, row in enumerate(smf.load_rows(flag, name, "train", ("text",),
+                                               ("source", "prompt")), 1):
+        prompt, source = row.get("prompt"), row.get("source")
+        if not is_text(row["text"]) or not (prompt is None or is_text(prompt)):
+            raise smf.BadInput(f"{flag} {name}: row {number} of train has no text, or a prompt that "
+                               f"is none; mend or remove the row")
+        if "source" in row and source in (None, ""):
+            raise smf.BadInput(f"{flag} {name}: row {number} of train has no source; give all rows "
+                               f"one, or none (then each is a source)")
+        texts.append((source if source is None else str(source), Question(prompt, row["text"])))
+    return texts
 
 
 def names_its_answer(question):
@@ -103,28 +133,36 @@ def names_its_answer(question):
     return answered(question.prompt, question.aliases)
 
 
-def load_facts(args):
-    """--task facts (ours): all wordings of the first --num-facts facts -> train, target.
+def load_sources(args):
+    """--task stream and facts: what --sources tell -> train, target.
 
-    Asked are the questions of --split about the same facts (question_id): other wordings, never
-    trained on; or, if the data has no such split, the trained questions themselves."""
-    name = args.facts_data
-    path, _, configuration = name.partition(":")
-    try:
-        path = smf.find(path, "dataset")
-        splits = datasets.get_dataset_split_names(path, configuration or None)
-    except Exception as error:  # no network, no such name, a strange file: the remedy is the same
-        raise smf.BadInput(f"--facts-data {name}: cannot be read ({error})") from None
-    taught = "train" if "train" in splits else "validation"
-    rows = load_trivia("--facts-data", name, taught)
-    ids = list(dict.fromkeys(number for number, _ in rows))[:args.num_facts]
-    if len(ids) < args.num_facts:
-        raise smf.BadInput(f"--num-facts {args.num_facts}: {name} has {len(ids)}")
-    other = args.split in splits and args.split != taught
-    asked = load_trivia("--facts-data", name, args.split) if other else rows
-    ids = set(ids)
-    train, target = ([q for number, q in part if number in ids] for part in (rows, asked))
-    return train, [q for q in target if not names_its_answer(q)]
+    Rows with the same source (facts: question_id) belong together, else each row is a source of its
+    own, named by its number, from 1. Asked are the questions of --split about what was told, or
+    told before it: other wordings, never trained on. If the data has no such split, the facts task
+    asks the trained questions themselves, and the stream none."""
+    stream, flag = args.task == "stream", f"--{args.task}-data"
+    name = args.stream_data if stream else args.facts_data
+    splits = smf.split_names(flag, name)
+    taught = "train" if stream or "train" in splits else "validation"
+    rows = load_texts(flag, name) if stream else load_questions(flag, name, taught)
+    rows = [(str(number) if source is None else source, q)
+            for number, (source, q) in enumerate(rows, 1)]
+    place = {source: i for i, source in enumerate(dict.fromkeys(source for source, _ in rows))}
+    first, end = args.sources or (0, len(place))
+    if not 0 <= first < end <= len(place):
+        raise smf.BadInput(f"--sources {first} {end}: {name} has sources 0 to {len(place)}")
+    own = [q._replace(source=place[source]) for source, q in rows]
+    asked = [] if stream else own
+    if args.split in splits and args.split != taught:
+        asked = load_questions(flag, name, args.split)
+        unknown = [source for source, _ in asked if source is not None and source not in place]
+        if stream and unknown:
+            raise smf.BadInput(f"{flag} {name}: a question of {args.split} is about source "
+                               f"{unknown[0]}, which is not in train; mend or remove it")
+        asked = [q._replace(source=place.get(source)) for source, q in asked
+                 if source not in unknown]
+    return ([q for q in own if first <= q.source < end],
+            [q for q in asked if (q.source or 0) < end and not names_its_answer(q)])
 
 
 def load_medmcqa(args):
@@ -153,15 +191,15 @@ def load_medmcqa(args):
 
 def load_data(args):
     """All that a run learns from and is measured on -> Data. Refuses what cannot be measured."""
-    train, target = load_facts(args) if args.task == "facts" else load_medmcqa(args)
+    train, target = load_medmcqa(args) if args.task == "medmcqa" else load_sources(args)
     taught = {q.prompt for q in train + target}
-    knowledge = [q for _, q in load_trivia("--trivia-data", args.trivia_data, "validation")
+    knowledge = [q for _, q in load_questions("--trivia-data", args.trivia_data, "validation")
                  if q.prompt not in taught and not names_its_answer(q)]
-    untaught = [q for _, q in load_trivia("--untaught-data", args.untaught_data, "test")
+    untaught = [q for _, q in load_questions("--untaught-data", args.untaught_data, "test")
                 ] if args.untaught_data else []
     rows = smf.load_rows("--wikitext-data", args.wikitext_data, "test", ("text",))
     text = "\n\n".join(text or "" for text in rows["text"])
-    if not target or not knowledge or not text.strip():
+    if not (target or args.task == "stream") or not knowledge or not text.strip():
         raise smf.BadInput("--facts-data, --trivia-data, --wikitext-data: after those that are "
                            "taught or name their own answer, no question, or no text, is left")
     if args.stride >= args.window:
@@ -169,17 +207,34 @@ def load_data(args):
     return Data(train, *(part[:args.eval_examples] for part in (target, knowledge, untaught)), text)
 
 
-def training_examples(model, tokenizer, data, args):
-    """The Examples to learn from; BadInput now if the run could not be measured in the end."""
+def training_plan(model, tokenizer, data, args):
+    """-> the batches of Examples, one for each step, and a hash of the Examples. Raises BadInput
+    now if the run could not be measured in the end."""
     if args.window > context_length(model):
         raise smf.BadInput(f"--window {args.window}: the model sees {context_length(model)} tokens")
-    if len(data.train) < args.batch_size:
-        raise smf.BadInput(f"--batch-size {args.batch_size}: only {len(data.train)} to learn")
-    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length, end=q.prompt is not None)
+                for q in data.train]
     long = sum(len(ids) == args.max_length for ids, _ in examples)
     if long:
         print(f"{long} of {len(examples)} examples reach --max-length {args.max_length}: cut there")
-    return examples
+    if args.task == "stream":
+        sources = {}  # {source: its rewordings}
+        for q, example in zip(data.train, examples):
+            sources.setdefault(q.source, []).append(example)
+        plan = smf.stream_batches(list(sources.values()), args.batch_size, args.passes)
+        plan = plan[:args.steps]
+    elif len(examples) < args.batch_size:
+        raise smf.BadInput(f"--batch-size {args.batch_size}: only {len(examples)} to learn")
+    else:
+        steps = args.epochs * (len(examples) // args.batch_size)
+        steps = steps if args.steps is None else args.steps
+        plan = smf.batches(examples, args.batch_size, args.seed, steps)
+    return plan, smf.sha256(json.dumps(examples).encode()).hexdigest()
+
+
+def learning_rate(step, steps, args):
+    """The factor of the learning rate. A stream does not know its end, so there it is constant."""
+    return 1.0 if args.task == "stream" else smf.learning_rate(step, steps, args.warmup)
 
 
 # Measures
@@ -201,22 +256,6 @@ def log_likelihoods(model, examples, size=32):
         loss = smf.token_loss(model, batch).double().sum(1)  # (B,)
         means[indices] = -(loss / (batch["targets"] != -100).sum(1)).cpu()
     return means
-
-
-@torch.no_grad()
-def option_likelihoods(model, prompts, options):
-    """Mean log-likelihood of a token of each option (lists of n) after B prompts of one length,
-    which are computed once -> (B, n)."""
-    B, L, n = len(prompts), len(prompts[0]), len(options[0])
-    cache = model(torch.tensor(prompts, device=model.device)[:, :-1], use_cache=True,
-                  logits_to_keep=1).past_key_values  # of (B, L - 1)
-    cache.batch_repeat_interleave(n)
-    batch = smf.collate([smf.Example(prompt[-1:] + ids, 1) for prompt, own in zip(prompts, options)
-                         for ids in own], model.device)
-    logits = model(batch["input_ids"], past_key_values=cache, logits_to_keep=batch["columns"],
-                   attention_mask=F.pad(batch["attention_mask"], (L - 1, 0), value=1)).logits
-    loss = F.cross_entropy(logits.float().transpose(1, 2), batch["targets"], reduction="none")
-    return -(loss.double().sum(1) / (batch["targets"] != -100).sum(1)).view(B, n)  # of (B * n, P)
 
 
 @torch.no_grad()
@@ -276,64 +315,82 @@ def mean(values):
 
 
 def open_questions(model, tokenizer, questions):
-    """-> whether each is answered, mean log-likelihood of each answer."""
+    """-> the answers, whether each is right, the mean log-likelihood of each right answer."""
     texts = generate_answers(model, tokenizer, [q.prompt for q in questions])
     examples = [smf.encode(tokenizer, q.prompt, q.answer, context_length(model), end=False)
                 for q in questions]
     right = [answered(text, q.aliases) for text, q in zip(texts, questions)]
-    return right, log_likelihoods(model, examples)
+    return texts, right, log_likelihoods(model, examples)
 
 
-def multiple_choice(model, tokenizer, questions, size=16):
+def multiple_choice(model, tokenizer, questions):
     """-> whether the right option has the highest mean log-likelihood, for each question."""
-    right, alike = [False] * len(questions), {}  # {length of the prompt: [(i, prompt, options)]}
-    for i, q in enumerate(questions):
-        examples = [smf.encode(tokenizer, q.prompt, option, context_length(model), end=False)
-                    for option in q.options]
-        start = min(example.start for example in examples)
-        alike.setdefault(start, []).append((i, examples[0].ids[:start], [
-            ids[start:] for ids, start in examples]))
-    batches = [part[i:i + size] for part in alike.values() for i in range(0, len(part), size)]
-    for batch in tqdm(batches, "multiple choice", leave=False):
-        indices, prompts, options = zip(*batch)
-        for i, best in zip(indices, option_likelihoods(model, prompts, options).argmax(1)):
-            right[i] = questions[i].options[best] == questions[i].answer
-    return right
+    examples = [smf.encode(tokenizer, q.prompt, option, context_length(model), end=False)
+                for q in questions for option in q.options]
+    best = log_likelihoods(model, examples).view(len(questions), -1).argmax(1)  # (questions,)
+    return [q.options[i] == q.answer for q, i in zip(questions, best)]
+
+
+def quarters(questions, right):
+    """{"oldest": the share answered of the questions about the first quarter of the sources,
+    "newest": of those about the last}"""
+    known = [(q.source, r) for q, r in zip(questions, right) if q.source is not None]
+    end = 1 + max((source for source, _ in known), default=0)
+    parts = {"oldest": [r for source, r in known if source < end / 4],
+             "newest": [r for source, r in known if source >= end * 3 / 4]}
+    return {name: mean(part) for name, part in parts.items() if part}
 
 
 def evaluate(model, tokenizer, data, args):
-    """All measures of a model -> {measure: mean(...)}, and which knowledge questions are right."""
-    result = {}
+    """All measures of a model -> {measure: mean(...)}, the answers, which knowledge is right."""
+    result, answers = {}, {}
     if args.task == "medmcqa":
         result["target"] = mean(multiple_choice(model, tokenizer, data.target))
-    else:
-        right, likelihood = open_questions(model, tokenizer, data.target)
+    elif data.target:
+        answers["target"], right, likelihood = open_questions(model, tokenizer, data.target)
         result["target"], result["target LL"] = mean(right), mean(likelihood)
+        result |= quarters(data.target, right) if args.task == "stream" else {}
+    else:
+        told = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+        result["target LL"] = mean(log_likelihoods(model, told))
     if data.untaught:
-        result["untaught"] = mean(open_questions(model, tokenizer, data.untaught)[0])
+        result["untaught"] = mean(open_questions(model, tokenizer, data.untaught)[1])
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
-    ids = tokenizer("a")["input_ids"]  # its first tokens: what the tokenizer puts before a text
-    first = ids[:ids.index(tokenizer("a", add_special_tokens=False)["input_ids"][0])]
+    first = smf.prompt_ids(tokenizer, None)[0]
     loss = mean(token_losses(model, tokens, args.window, args.stride, first))
     perplexity = math.exp(loss["value"])
     result["perplexity"] = loss | {"value": perplexity, "stderr": perplexity * loss["stderr"]}
-    right, likelihood = open_questions(model, tokenizer, data.knowledge)
+    answers["knowledge"], right, likelihood = open_questions(model, tokenizer, data.knowledge)
     result["knowledge"], result["knowledge LL"] = mean(right), mean(likelihood)
-    return result | {"knowledge right": right}
+    return result | {"knowledge right": right, "answers": answers}
+
+
+def ask_along(model, tokenizer, data, step, args):
+    """At every --ask-every sources of a stream, before a step: what is recalled of all that was
+    told so far, and what is known of the old -> {measure: share}, else {}."""
+    told, rest = divmod(step, args.passes)
+    if not args.ask_every or args.task != "stream" or rest or told % args.ask_every:
+        return {}
+    end = told + (args.sources or [0])[0]
+    asked = [q for q in data.target if q.source is not None and q.source < end]
+    result = {name: mean(open_questions(model, tokenizer, questions)[1])["value"]
+              for name, questions in (("recall", asked), ("old", data.knowledge)) if questions}
+    tqdm.write(f"{told} sources told: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items()))
+    return result
 
 
 # Runs and their tables
 
-DIGITS = {"target": 3, "target LL": 2, "untaught": 3, "perplexity": 2, "knowledge": 3,
+DIGITS = {"target": 3, "oldest": 3, "newest": 3, "target LL": 2, "untaught": 3, "perplexity": 2, "knowledge": 3,
           "knowledge LL": 2, "kept": 3}
-SETTINGS = ("task", "facts_data", "num_facts", "medmcqa_data", "num_questions", "split",
+SETTINGS = ("task", "stream_data", "facts_data", "sources", "medmcqa_data", "num_questions", "split",
             "trivia_data", "untaught_data", "wikitext_data", "eval_examples", "eval_tokens",
             "window", "stride")
 
 
 def evaluate_run(run, data, args):
     """evaluate(), in float32, kept in RUN/eval.json for each split and setting."""
-    settings = {"measures": 2} | {name: vars(args)[name] for name in SETTINGS}  # 1: no first token
+    settings = {"measures": 3} | {name: vars(args)[name] for name in SETTINGS}
     settings["data"] = smf.sha256(json.dumps(data[1:]).encode()).hexdigest()
     key, file = json.dumps(settings, sort_keys=True), run / "eval.json"
     results = smf.read_json(file) if file.exists() else {}
@@ -348,7 +405,7 @@ def evaluate_run(run, data, args):
 def parent_of(run):
     """The run that this one is based on; for one on a pretrained model, that model, as a run that
     changed nothing, in the directory base beside it."""
-    config = smf.read_config(run)
+    config = smf.read_json(run / "config.json")
     if "parent" in config:
         return Path(os.path.normpath(run / config["parent"]))
     base = run.parent / "base"
@@ -356,7 +413,7 @@ def parent_of(run):
     if not smf.finished(base):
         smf.start_run(base, own, argparse.Namespace())
         smf.finish_run(base, {})
-    if smf.read_config(base)["parent_sha256"] != config["parent_sha256"]:
+    if smf.read_json(base / "config.json")["parent_sha256"] != config["parent_sha256"]:
         raise smf.BadInput(f"{base}: is another model than that of {run}; give the runs of each "
                            f"model a directory of their own")
     return base
@@ -373,21 +430,45 @@ def row(run, data, args):
             for name, digits in DIGITS.items() if name in result}
 
 
-def table(rows):
+def table(rows, first="run"):
     """{name: {column: text}} -> Markdown."""
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    lines = [["run", *columns], ["---"] * (1 + len(columns))]
-    lines += [[str(name), *(cells.get(column, "") for column in columns)]
+    lines = [[first, *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(cells.get(column, "") for column in columns)]
               for name, cells in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(" ".join(str(cell).split()) for cell in line) + " |"
+                     for line in lines)
 
 
-def report(run, data, args):
-    """The table of a run below all that it is based on."""
+def ancestors(run):
+    """The run after all that it is based on, the base first."""
     chain = [run]
     while parent_of(chain[0]) != chain[0]:
         chain.insert(0, parent_of(chain[0]))
-    return table({part: row(part, data, args) for part in chain})
+    return chain
+
+
+def report(run, data, args):
+    """Some questions with the answers before and after, and the table of all in the chain."""
+    chain, shown = ancestors(run), {}
+    rows = {part: row(part, data, args) for part in chain}
+    answers = {part: evaluate_run(part, data, args)["answers"] for part in (chain[0], run)}
+    for kind, questions in (("target", data.target), ("knowledge", data.knowledge)):
+        for i in range(0, len(questions), len(questions) // 4 + 1):  # four of them
+            if kind in answers[run]:
+                before, after = (answers[part][kind][i] for part in answers)
+                shown[questions[i].prompt] = {"measure": kind, "before": before, "after": after,
+                                              "right": questions[i].answer}
+    return f"{table(shown, 'question')}\n\n{table(rows)}"
+
+
+def ask(runs, question, args):
+    """The answer to a question of all that each run is based on, and of itself -> Markdown."""
+    rows = {}
+    for part in dict.fromkeys(part for run in runs for part in ancestors(run)):
+        model, tokenizer = smf.load(part, args.device)
+        rows[part] = {question: generate_answers(model.float(), tokenizer, [question])[0]}
+    return table(rows)
 
 
 def main(argv=None):
@@ -395,14 +476,18 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
+    parser.add_argument("--ask", metavar="QUESTION", help="print the answers, and measure nothing")
     add_flags(parser)
-    given = {name: value for name, value in vars(smf.parse(parser, {}, argv)).items()
+    args = smf.parse(parser, {}, argv)
+    given = {name: value for name, value in vars(args).items()
              if value is not None}
     found = sorted(Path("out").glob("*/*/delta.safetensors"))
     runs = given.pop("runs") or [path.parent for path in found]
+    if args.ask:
+        return print(ask(runs, args.ask, args))
     tables = {}  # settings: {run: cells}
     for run in runs:
-        flags = smf.read_config(run).get("flags", {})
+        flags = smf.read_json(run / "config.json").get("flags", {})
         if "task" in flags:  # a base or a retrofit learned none: see the tables of its children
             own = argparse.Namespace(**flags | given)
             data = load_data(own)

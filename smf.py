@@ -264,17 +264,21 @@ class RowOptimizer:
     def __init__(self, values, kind="adamw", betas=(0.9, 0.999), eps=1e-12):
         self.values, self.kind, self.betas, self.eps = values, kind, betas, eps
         self.index = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its index
-        self.rows = self.index[:0]  # (rows ever selected,) the index of a row is its place here
-        self.m = self.v = values.detach()[:0]  # (rows ever selected, D)
-        self.age = self.m[:, :1]  # (rows ever selected, 1)
+        self.number = 0  # of rows ever selected; there is room for more, of size R
+        self.rows = self.index[:0]  # (R,) the index of a row is its place here
+        self.age = values.detach()[:0, :1]  # (R, 1)
+        self.m = self.v = values.detach()[:0, :None if kind == "adamw" else 0]  # (R, D)
 
     def indices(self, rows):
         """The indices of these rows (t,); a row selected for the first time gets a new one."""
         new = rows[self.index[rows] < 0]  # (first-time rows,)
-        self.index[new] = len(self.rows) + torch.arange(len(new), device=new.device)
-        self.rows = torch.cat([self.rows, new])
-        self.m, self.v, self.age = (torch.cat([old, old.new_zeros(len(new), old.shape[1])])
-                                    for old in (self.m, self.v, self.age))
+        first, self.number = self.number, self.number + len(new)
+        if self.number > len(self.rows):  # twice the room: a step does not slow down as rows add up
+            self.rows, self.m, self.v, self.age = (
+                torch.cat([old, old.new_zeros(self.number, *old.shape[1:])])
+                for old in (self.rows, self.m, self.v, self.age))
+        self.rows[first:self.number] = new
+        self.index[new] = torch.arange(first, self.number, device=new.device)
         return self.index[rows]  # (t,)
 
     @torch.no_grad()
@@ -291,12 +295,14 @@ class RowOptimizer:
 
     def state_dict(self):
         """All that it needs to go on, the rows that it has changed included."""
-        return dict(rows=self.rows, values=self.values[self.rows], m=self.m, v=self.v, age=self.age)
+        state = {name: getattr(self, name)[:self.number] for name in ("rows", "m", "v", "age")}
+        return state | {"values": self.values[state["rows"]]}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         state = {name: tensor.to(self.values.device) for name, tensor in state.items()}
         self.rows, self.m, self.v, self.age = (state[name] for name in ("rows", "m", "v", "age"))
+        self.number = len(self.rows)
         self.index[self.rows] = torch.arange(len(self.rows), device=self.index.device)
         self.values[self.rows] = state["values"]
 
@@ -397,15 +403,6 @@ def finished(run):
     return Path(run, "delta.safetensors").exists()
 
 
-def read_config(run):
-    config = read_json(Path(run, "config.json"))
-    if "kind" in config:
-        script = {"retrofit": "train_retrofit", "sparse": "train_sparse"}.get(config["kind"])
-        raise BadInput(f"{run}: is a run of the first version of this code; delete it and make "
-                       f"it again with python {script or 'baselines'}.py")
-    return config
-
-
 def run_sha256(run):
     files = (Path(run, name).read_bytes() for name in ("config.json", "delta.safetensors"))
     return sha256(b"".join(files)).hexdigest()
@@ -413,7 +410,7 @@ def run_sha256(run):
 
 def load(run, device="cpu"):
     """A run -> (model, tokenizer), ready for model.generate. BadInput if any part is not intact."""
-    run, config = Path(run), read_config(run)
+    run, config = Path(run), read_json(Path(run, "config.json"))
     try:
         delta = load_file(run / "delta.safetensors")
         if "parent" in config:
@@ -443,7 +440,7 @@ def start_run(run, config, args):
     """Write config.json, or check that it says the same; "flags", all arguments, may differ."""
     config = json.loads(json.dumps(config | {"flags": vars(args)}, default=str))
     if RANK == 0 and (run / "config.json").exists():
-        old = read_config(run)
+        old = read_json(run / "config.json")
         other = [name for name in config if name != "flags" and config[name] != old.get(name)]
         if other:
             raise BadInput(f"--out {run}: was made with another {', '.join(other)}; give the same, "
@@ -503,12 +500,41 @@ def finish_run(run, delta):
 Example = namedtuple("Example", "ids start")  # tokens of prompt and answer; where the answer begins
 
 
-def load_rows(flag, name, split, columns):
-    """A split of a data set, a directory or a hub name[:configuration], with these columns."""
+FORMATS = {".jsonl": ("json", {}), ".json": ("json", {}), ".parquet": ("parquet", {}),
+           ".csv": ("csv", {"keep_default_na": False}),
+           ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+           ".txt": ("text", {"sample_by": "paragraph"})}
+
+
+def split_files(path, split):
+    """The files of a split in a directory: those named after it. A file is a train split."""
+    path = Path(path)
+    files = [path] * (split == "train") if path.is_file() else sorted(path.glob(f"{split}*"))
+    return [str(file) for file in files if file.suffix in FORMATS]
+
+
+def split_names(flag, name):
+    """Which splits a data set has."""
     path, _, configuration = name.partition(":")
     try:
-        rows = datasets.load_dataset(find(path, "dataset"), configuration or None,
-                                     split=split).select_columns(list(columns))
+        path = find(path, "dataset")
+        here = [split for split in ("train", "validation", "test") if split_files(path, split)]
+        return here or datasets.get_dataset_split_names(path, configuration or None)
+    except Exception as error:  # no network, no such name, a strange file: the remedy is the same
+        raise BadInput(f"{flag} {name}: cannot be read ({error})") from None
+
+
+def load_rows(flag, name, split, columns, optional=()):
+    """A split of a data set with these columns: a file, a directory or a hub name[:configuration].
+    A row of a .txt is a paragraph, in the column text."""
+    path, _, configuration = name.partition(":")
+    try:
+        path = find(path, "dataset")
+        files = split_files(path, split)
+        kind, options = FORMATS[Path(files[0]).suffix] if files else (path, {})
+        rows = datasets.load_dataset(kind, configuration or None, data_files=files or None,
+                                     split="train" if files else split, **options)
+        rows = rows.select_columns([*columns, *(c for c in optional if c in rows.column_names)])
         rows[0]  # raises if there is none
         return rows
     except Exception as error:  # no network, no such name, a strange file: the remedy is the same
@@ -517,7 +543,11 @@ def load_rows(flag, name, split, columns):
 
 
 def prompt_ids(tokenizer, prompt):
-    """The tokens before an answer, and the space, if any, that the answer begins with."""
+    """The tokens before an answer, and the space, if any, that the answer begins with. Without a
+    prompt, None, the tokens that the tokenizer puts before every text."""
+    if prompt is None:
+        ids = tokenizer("a")["input_ids"]
+        return ids[:ids.index(tokenizer("a", add_special_tokens=False)["input_ids"][0])], ""
     if tokenizer.chat_template is None:
         return tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"], " "
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
@@ -533,7 +563,7 @@ def encode(tokenizer, prompt, answer, max_length, end=True):
     ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
     ids = (ids + [tokenizer.eos_token_id] * end)[:max(max_length - len(prompt), max_length // 2)]
     prompt = prompt[-(max_length - len(ids)):]
-    return Example(prompt + ids, len(prompt))
+    return Example(prompt + ids, len(prompt) or 1)  # nothing predicts the first token of all
 
 
 def collate(examples, device="cpu", length=0):
@@ -580,19 +610,24 @@ def backward(model, examples, micro_batch_size):
     return loss, reads
 
 
-def batches(examples, batch_size, seed, done, steps):
-    """(step, batch) for the steps from `done` on. An epoch is shuffled; similar lengths meet."""
-    per_epoch = len(examples) // batch_size
-    for step in tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0):
-        epoch, i = divmod(step, per_epoch)
-        if i == 0 or step == done:
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            order = torch.randperm(len(examples), generator=generator)[:per_epoch * batch_size]
-            order = [j for pool in order.split(8 * batch_size)  # few pads: sort within 8 batches
-                     for j in sorted(pool.tolist(), key=lambda j: len(examples[j].ids))]
-            shuffled = torch.randperm(per_epoch, generator=generator).tolist()
-        first = shuffled[i] * batch_size
-        yield step, [examples[j] for j in order[first:first + batch_size]]
+def batches(examples, batch_size, seed, steps):
+    """Shuffled: the batches of `steps` steps. Each epoch has its own order; similar lengths meet."""
+    per_epoch, plan = len(examples) // batch_size, []
+    for epoch in range(-(-steps // per_epoch)):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(len(examples), generator=generator)[:per_epoch * batch_size]
+        order = [j for pool in order.split(8 * batch_size)  # few pads: sort within 8 batches
+                 for j in sorted(pool.tolist(), key=lambda j: len(examples[j].ids))]
+        for i in torch.randperm(per_epoch, generator=generator).tolist():
+            plan.append([examples[j] for j in order[i * batch_size:(i + 1) * batch_size]])
+    return plan[:steps]
+
+
+def stream_batches(sources, batch_size, passes):
+    """A stream [Lin25 section 5]: `passes` steps for each source, in order; then it is gone.
+    Every batch holds batch_size rewordings of one source, the next ones in turn, or all it has."""
+    return [[source[(i * batch_size + k) % len(source)] for k in range(min(batch_size, len(source)))]
+            for source in sources for i in range(passes)]
 
 
 def learning_rate(step, steps, warmup):

@@ -129,13 +129,14 @@ def train(model, examples, steps, run, args):
     alphas = [p for p in trained if p.dim() == 0]
     optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() > 0]},
                                    {"params": alphas}], eps=1e-12, weight_decay=0.0)
+    plan = smf.batches(examples, args.batch_size, args.seed, steps)
     done, state = smf.load_checkpoint(run)
     if state:
         smf.apply_delta(model, state["memory"])
         optimizer.load_state_dict(state["optimizer"])
 
-    for step, batch in smf.batches(examples, args.batch_size, args.seed, done, steps):
-        loss, reads = smf.backward(model, batch, args.micro_batch_size)
+    for step in tqdm(range(done, steps), initial=done, total=steps):
+        loss, reads = smf.backward(model, plan[step], args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
         factor = smf.learning_rate(step, steps, args.warmup)
         for group, lr in zip(optimizer.param_groups, (args.lr, args.alpha_lr)):

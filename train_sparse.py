@@ -11,26 +11,25 @@ this one learns. Without it, that of this preset and seed, which is made first i
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import eval as evaluation
 import smf
 import train_retrofit
 
 PRESETS = {
-    "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, epochs=20, warmup=10, save_every=100),
-    "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, epochs=3,
-                  warmup=100, save_every=20),
+    "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, save_every=100),
+    "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, save_every=20),
 }
 LEARNING_RATE = {"sgd": 1.0, "adamw": 0.1}  # chosen on four models in 60 steps (results/README.md)
-DECISIVE = ("seed", "batch_size", "scorer", "top_t", "optimizer", "lr", "train_alpha", "alpha_lr",
-            "warmup")
+DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
+            "optimizer", "lr", "train_alpha", "alpha_lr")
 
 
 def parse(argv=None):
@@ -45,16 +44,14 @@ def parse(argv=None):
     add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
     add("--out", type=Path, help="directory of the run (out/PRESET/SCORER-seedSEED)")
     add("--parent", type=Path, help="run to start from (out/PRESET/retrofit-seedSEED)")
-    add("--scorer", choices=["tfidf", "kl", "count", "random", "all"], default="tfidf",
+    add("--scorer", choices=["tfidf", "kl", "gradient", "count", "random", "all"], default="tfidf",
         help="how to choose rows; count, random and all (rows read) are controls")
     add("--top-t", type=int, default=500, help="rows updated per memory and step")
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of the rows")
     add("--lr", type=float, help=f"learning rate of the rows ({LEARNING_RATE})")
     add("--train-alpha", action="store_true", help="+S [Gupta26]: train the alphas, too")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of the alphas")
-    add("--epochs", type=int, help="times that each example is seen")
-    add("--steps", type=int, help="steps, instead of epochs")
-    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
     args.lr = args.lr or LEARNING_RATE[args.optimizer]
@@ -68,12 +65,18 @@ def all_reduce(tensor):
     return tensor
 
 
-def select_rows(memory, counts, step, args):
-    """The rows (t,) to update, given this batch's reads of each row, counts (N,)."""
+def select_rows(memory, counts, reads, step, args):
+    """The rows (t,) to update, given this batch's reads of each row, counts (N,), and what
+    smf.row_gradient wants: rows, weights, dL/dy of this process."""
     if args.scorer == "tfidf":
         scores = smf.tfidf_scores(counts, memory.doc_freq, memory.num_batches)
     elif args.scorer == "kl":
         scores = smf.kl_scores(counts, memory.background_counts)
+    elif args.scorer == "gradient":  # ours: the length of the gradient of each row read
+        read = counts.nonzero().squeeze(-1)  # (rows read,)
+        gradient = all_reduce(smf.row_gradient(read, *reads, len(counts)))  # (rows read, D)
+        scores = counts.new_zeros(len(counts), dtype=gradient.dtype)
+        scores[read] = gradient.norm(dim=1)
     elif args.scorer == "random":
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + step)
         scores = torch.rand(len(counts), generator=generator).to(counts.device)
@@ -90,7 +93,7 @@ def unit_of_rates(model, optimizer):
     return std / share if optimizer == "adamw" else 1 / share**2
 
 
-def train(model, examples, steps, run, args):  # -> what was learned, {name: tensor}
+def train(model, tokenizer, data, plan, run, args):  # -> what was learned, {name: tensor}
     memories, unit = smf.memories(model), unit_of_rates(model, args.optimizer)
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
@@ -102,16 +105,19 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
     for name in state:
         optimizers[name].load_state_dict(state[name])
 
-    for step, batch in smf.batches(examples, args.batch_size, args.seed, done, steps):
+    for step in tqdm(range(done, len(plan)), initial=done, total=len(plan), disable=smf.RANK > 0):
+        # What was told so far is asked before a new source comes.
+        asked = evaluation.ask_along(model, tokenizer, data, step, args)
+
         # Forward and backward. What does this batch read, and what is the gradient there?
-        loss, reads = smf.backward(model, batch, args.micro_batch_size)
+        loss, reads = smf.backward(model, plan[step], args.micro_batch_size)
 
         # Which of the rows read are this batch's own? Only those get their gradient.
         updates = {}  # {name: (rows, gradient)}
         for name, memory in memories.items():
             _, rows, weights, dy = reads[name]
             counts = all_reduce(torch.bincount(rows.flatten(), minlength=len(memory.values)))
-            selected = select_rows(memory, counts, step, args)
+            selected = select_rows(memory, counts, (rows, weights, dy), step, args)
             gradient = smf.row_gradient(selected, rows, weights, dy, len(counts))
             updates[f"{name}.values"] = selected, all_reduce(gradient)
         norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
@@ -119,9 +125,9 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
             updates[name] = torch.tensor([0], device=args.device), all_reduce(alpha.grad).view(1, 1)
 
         # Update these rows, and nothing else.
-        factor = smf.learning_rate(step, steps, args.warmup)
+        factor = evaluation.learning_rate(step, len(plan), args)
         smf.log(run, step=step, loss=all_reduce(loss).item(), lr=factor * args.lr, grad_norm=norm,
-                rows=[len(updates[f"{name}.values"][0]) for name in memories])
+                rows=[len(updates[f"{name}.values"][0]) for name in memories], **asked)
         for name, (selected, gradient) in updates.items():
             lr = factor * (args.alpha_lr if name in alphas else args.lr * unit)
             optimizers[name].step(selected, gradient * min(1.0, 1.0 / (norm + 1e-12)), lr)
@@ -132,8 +138,8 @@ def train(model, examples, steps, run, args):  # -> what was learned, {name: ten
 
     learned = dict(alphas)
     for name, memory in memories.items():
-        rows = optimizers[f"{name}.values"].rows
-        learned |= {f"{name}.values:rows": rows, f"{name}.values:values": memory.values[rows]}
+        state = optimizers[f"{name}.values"].state_dict()
+        learned |= {f"{name}.values:{part}": state[part] for part in ("rows", "values")}
     return learned
 
 
@@ -169,17 +175,15 @@ def main(argv=None):
     run = args.out or Path("out", args.preset, f"{args.scorer}-seed{args.seed}")
     data = evaluation.load_data(args)
     parent, model, tokenizer = load_parent(args)
-    examples = evaluation.training_examples(model, tokenizer, data, args)
-    steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
-    config = {"parent": os.path.relpath(parent, run), "steps": steps,
-              "parent_sha256": smf.run_sha256(parent),
-              "data": smf.sha256(json.dumps(examples).encode()).hexdigest()}
+    plan, data_sha256 = evaluation.training_plan(model, tokenizer, data, args)
+    config = {"parent": os.path.relpath(parent, run), "steps": len(plan), "data": data_sha256,
+              "parent_sha256": smf.run_sha256(parent)}
     smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
     if smf.WORLD_SIZE > 1:
         dist.barrier()  # the first process has written or refused it
     if not smf.finished(run):
-        print(f"stage 2: {args.scorer}, {steps} steps, {len(examples)} examples -> {run}")
-        smf.finish_run(run, train(model, examples, steps, run, args))
+        print(f"stage 2: {args.task}, {args.scorer}, {len(plan)} steps -> {run}")
+        smf.finish_run(run, train(model, tokenizer, data, plan, run, args))
     if smf.RANK == 0:
         print(evaluation.report(run, data, args))
     if smf.WORLD_SIZE > 1:
