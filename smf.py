@@ -644,7 +644,8 @@ def parse(parser, presets, argv=None):
         parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults")
         parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
-    least = dict(seed=0, steps=0, warmup=0, query_momentum=0, max_length=2, eval_tokens=2)
+    least = dict(seed=0, steps=0, epochs=0, warmup=0, query_momentum=0, replay=0, max_length=2,
+                 eval_tokens=2)
     for name, value in vars(args).items():
         if type(value) in (int, float) and not least.get(name, 1e-30) <= value < 2**40:
             parser.error(f"--{name.replace('_', '-')} {value}: is out of range")

@@ -1,8 +1,8 @@
 """Stage 1: add memories to a pretrained model, train them on general chats, count what those read.
 
-    python train_retrofit.py                      # the embedded tiny model
-    python train_retrofit.py --steps 0 --out out/tiny/fresh-seed0   # only the background is counted
-    python train_retrofit.py --mode replacement --out out/tiny/replacement-seed0
+    python train_retrofit.py                      # the embedded tiny model, a fresh memory
+    python train_retrofit.py --steps 70 --out out/tiny/trained-seed0     # and one that is trained
+    python train_retrofit.py --mode replacement --steps 200 --lr 2e-3 --out out/tiny/replacement
     python train_retrofit.py --preset paper       # Qwen2.5-0.5B-Instruct and OpenAssistant (hub)
 """
 
@@ -17,11 +17,11 @@ from tqdm import tqdm
 import smf
 
 PRESETS = {
-    "tiny": dict(model="tiny/model", max_length=128, k_dim=32, top_k=8, oasst_data="tiny/oasst1",
-                 background=1000, save_every=100),
+    "tiny": dict(model="tiny/model", max_length=128, n_keys=512, k_dim=32, top_k=8, epochs=0,
+                 oasst_data="tiny/oasst1", background=1000, save_every=100),
     "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024, micro_batch_size=4,
-                  k_dim=256, top_k=16, oasst_data="OpenAssistant/oasst1", background=2000,
-                  save_every=20),
+                  n_keys=128, k_dim=256, top_k=16, epochs=1, oasst_data="OpenAssistant/oasst1",
+                  background=2000, save_every=20),
 }
 DECISIVE = ("seed", "batch_size", "alpha", "lr", "alpha_lr", "warmup", "query_momentum",
             "background")
@@ -45,7 +45,7 @@ def parse(argv=None):
     add("--out", type=Path, help="directory of the run (out/PRESET/retrofit-seedSEED)")
     add("--mode", choices=["additive", "replacement"], default="additive", help="MLP kept or not")
     add("--layers", type=int, nargs="+", help="blocks that get a memory (at 1/4, 1/2, 3/4)")
-    add("--n-keys", type=int, default=128, help="sub-keys per half; n_keys**2 rows")
+    add("--n-keys", type=int, help="sub-keys per half; n_keys**2 rows")
     add("--heads", type=int, default=4)
     add("--k-dim", type=int, help="width of a head's query")
     add("--top-k", type=int, help="rows that a head reads")
@@ -53,9 +53,10 @@ def parse(argv=None):
         f"measured, and rates do not carry over (what a memory adds has {SHARE} of the MLP's size)")
     add("--oasst-data", help="general chats, in the layout of OpenAssistant")
     add("--background", type=int, help="examples for the background statistics")
+    add("--background-data", help="these examples: text and, if there, prompt (general chats)")
     add("--examples", type=int, default=1120, help="replies: more spoil stage 2 [Gupta26: 50,000]")
-    add("--epochs", type=int, default=1, help="times that each is seen [Gupta26: 2]")
-    add("--steps", type=int, help="steps, instead of epochs; 0: a fresh memory")
+    add("--epochs", type=int, help="times that each is seen [Gupta26: 2]; 0: a fresh memory")
+    add("--steps", type=int, help="steps, instead of epochs")
     add("--lr", type=float, default=5e-4, help="learning rate of the memories [Gupta26]")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of alpha")
     add("--warmup", type=int, default=10, help="steps of linear warm-up")
@@ -176,6 +177,12 @@ def main(argv=None):
     examples = [smf.encode(tokenizer, *chat, args.max_length) for chat in tqdm(chats, "tokenize")]
     held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
     general, examples = examples[:args.background], examples[:args.examples]
+    chats = general[:64]
+    if args.background_data:
+        rows = smf.load_rows("--background-data", args.background_data, "train", ("text",),
+                             ("prompt",))
+        general = [smf.encode(tokenizer, row.get("prompt"), row["text"], args.max_length)
+                   for row in rows if row["text"]][:args.background]
     if len(examples) < args.batch_size:
         raise smf.BadInput(f"--oasst-data, --examples: {len(examples)} are left to train on")
     steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
@@ -190,7 +197,7 @@ def main(argv=None):
         return print(f"stage 1: {run} is finished already")
     print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")
     if not (run / "checkpoint.pt").exists():
-        batches = list(collated(general[:64], args, "calibrate"))
+        batches = list(collated(chats, args, "calibrate"))
         calibrate(model, [mlps[layer] for layer in layers], batches, args)
     train(model, examples, steps, run, args)
     measure(model, general, held_out, args)

@@ -27,7 +27,9 @@ PRESETS = {
     "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, save_every=100),
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, save_every=20),
 }
-LEARNING_RATE = {"sgd": 1.0, "adamw": 0.1}  # chosen on four models in 60 steps (results/README.md)
+# facts, medmcqa: chosen on four models; stream: on tiny (results/README.md)
+LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.02}, "facts": {"sgd": 1.0, "adamw": 0.1}}
+LEARNING_RATE["medmcqa"] = LEARNING_RATE["facts"]
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
             "optimizer", "lr", "train_alpha", "alpha_lr")
 
@@ -54,7 +56,7 @@ def parse(argv=None):
     add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
-    args.lr = args.lr or LEARNING_RATE[args.optimizer]
+    args.lr = args.lr or LEARNING_RATE[args.task][args.optimizer]
     return args
 
 
@@ -66,23 +68,22 @@ def all_reduce(tensor):
 
 
 def select_rows(memory, counts, reads, step, args):
-    """The rows (t,) to update, given this batch's reads of each row, counts (N,), and what
-    smf.row_gradient wants: rows, weights, dL/dy of this process."""
+    """The rows (t,) to update, given how often this batch reads each, counts (N,), and what of it
+    smf.row_gradient wants: rows, weights, dL/dy."""
+    read = counts.nonzero().squeeze(-1)  # (R,) to score these alone is fast, whatever N is
     if args.scorer == "tfidf":
-        scores = smf.tfidf_scores(counts, memory.doc_freq, memory.num_batches)
+        scores = smf.tfidf_scores(counts[read], memory.doc_freq[read], memory.num_batches)  # (R,)
     elif args.scorer == "kl":
-        scores = smf.kl_scores(counts, memory.background_counts)
-    elif args.scorer == "gradient":  # ours: the length of the gradient of each row read
-        read = counts.nonzero().squeeze(-1)  # (rows read,)
-        gradient = all_reduce(smf.row_gradient(read, *reads, len(counts)))  # (rows read, D)
-        scores = counts.new_zeros(len(counts), dtype=gradient.dtype)
-        scores[read] = gradient.norm(dim=1)
+        scores = smf.kl_scores(counts, memory.background_counts)[read]
+    elif args.scorer == "gradient":  # ours: the length of a row's gradient
+        scores = all_reduce(smf.row_gradient(read, *reads, len(counts))).norm(dim=1)
     elif args.scorer == "random":
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + step)
-        scores = torch.rand(len(counts), generator=generator).to(counts.device)
+        scores = torch.rand(len(read), generator=generator).to(read.device)
     else:  # count, all
-        scores = counts.float()
-    return smf.top_rows(scores, counts, len(counts) if args.scorer == "all" else args.top_t)
+        scores = counts[read].float()
+    t = len(read) if args.scorer == "all" else args.top_t
+    return read[smf.top_rows(scores, counts[read], t)]
 
 
 def unit_of_rates(model, optimizer):

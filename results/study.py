@@ -1,16 +1,19 @@
 """Run a study: every method at every rate, the rate chosen on validation, tables and figures.
 
-    python results/study.py tiny                # or tiny-medmcqa; about an hour on two cores
+    python results/study.py tiny-stream         # about an hour on two cores
+    python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
     python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
                                                 # or smollm2-medmcqa, smollm2-stage-1; a day or two
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
 results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
-every rate), stage-1.png, results.json. DATA_DIR has trivia_qa, wikitext, oasst1 and medmcqa."""
+every rate), along.png (a stream), stage-1.png, results.json. DATA_DIR has trivia_qa, wikitext,
+oasst1 and medmcqa."""
 
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,9 +36,9 @@ CHATS = ("--preset paper --dtype bfloat16 --model {model} --oasst-data {data}/oa
          "256 --batch-size 8 --micro-batch-size 8 --examples 50000 --warmup 10 --background 300 ")
 TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --trivia-data "
         "{data}/trivia_qa --wikitext-data {data}/wikitext --eval-tokens 32768 --stride 896 ")
-FACTS = TASK + ("--task facts --facts-data {data}/trivia_qa --num-facts 160 --steps 150 "
+FACTS = TASK + ("--task facts --facts-data {data}/trivia_qa --sources 0 160 --steps 150 "
                 "--eval-examples 300")
-BASE = "--dtype bfloat16 --model {model}"
+BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
 SMOLLM2_STARTS = {"additive-fresh": CHATS + "--steps 0", "additive-retrofit": CHATS + "--steps 70",
                   "replacement-retrofit": CHATS + "--steps 70 --mode replacement --lr 2e-3"}
 STAGE_1 = {"untrained": "--steps 280 --lr 1e-9 --alpha-lr 1e-9", "280-steps": "--steps 280",
@@ -47,12 +50,36 @@ SMOLLM2 = {  # {rates: conditions}
                "additive-tfidf+s-fresh additive-tfidf",
     "0.006 0.01": "additive-all-fresh", "0.4 0.8": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
     "0.025 0.05": "additive-tfidf-fresh-t2000 replacement-tfidf", "4 8": "additive-tfidf-fresh-sgd"}
+# What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
+FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
+         "replay8": "--replay 8", "documents": "--stream-data tiny/documents"}
+FLAGS |= {word: f"--scorer {word}" for word in ("tfidf", "kl", "gradient", "count", "random", "all")}
+SCORERS = [f"{scorer}-n512" for scorer in ("tfidf", "kl", "gradient", "count", "random")]
+SIZES = [f"{scorer}-n128" for scorer in ("tfidf", "kl", "gradient", "count", "random")]
+STREAM = {  # {rates: conditions}
+    "0.03 0.1 0.3": [f"additive-{name}-t500" for name in (
+        *SCORERS, *SIZES, "tfidf-n1024", "tfidf-n512-retrofit", "tfidf-n512-told",
+        "tfidf-n512-asked")] + ["additive-all-n128", "additive-all-n512"],
+    "0.1 0.3 1": [f"additive-{name}-t50" for name in (
+        *SCORERS, *SIZES, "tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked")]
+    + [f"additive-tfidf-n512-{t}-documents" for t in ("t500", "t10000")] + ["replacement-tfidf"],
+    "0.006 0.02 0.06": ["additive-tfidf-n512-t500-adamw"],
+    "1e-4 3e-4 1e-3": ["full", "full-replay8", "full-documents"],
+    "3e-4 1e-3 3e-3": ["lora", "lora-replay8", "lora-documents"],
+    "0.03 0.1 0.3 ": ["full-sgd", "full-sgd-replay8"], "0.1 0.3 1 ": ["lora-sgd", "lora-sgd-replay8"]}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
-# alone. sweep: the seeds that choose the rate. rates: {rates: conditions}, see command().
+# alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
 STUDIES = {
-    "tiny": dict(flags="", base="", sweep=SEEDS, starts={
-        "additive-fresh": "--steps 0", "additive-retrofit": "",
-        "replacement-retrofit": "--mode replacement --examples 1600 --epochs 2 --lr 2e-3"}, rates={
+    "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
+        "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
+        "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
+        "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
+        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"},
+        rates={rates: " ".join(names) for rates, names in STREAM.items()}),
+    "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
+        "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
+        "replacement-retrofit":
+            "--n-keys 128 --mode replacement --examples 1600 --epochs 2 --lr 2e-3"}, rates={
         "0.003 0.01 0.02 0.03 0.05": "additive-tfidf additive-kl additive-count additive-random "
                                 "additive-all additive-tfidf+s additive-kl+s additive-tfidf-t2000 "
                                 "additive-tfidf-fresh",
@@ -61,35 +88,37 @@ STUDIES = {
         "0.003 0.01 0.03 0.1 0.3": "replacement-tfidf replacement-kl",
         "1e-4 2e-4 3e-4 1e-3 3e-3": "lora", "3e-5 1e-4 2e-4 3e-4 1e-3": "full"}),
     "tiny-medmcqa": dict(
-        flags="--task medmcqa", base="", sweep=SEEDS, starts={"additive-retrofit": ""},
+        flags="--task medmcqa", base="", sparse=ADAMW, sweep=SEEDS,
+        starts={"additive-retrofit": "--n-keys 128 --epochs 1"},
         rates={"0.04": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
     "smollm2-facts": dict(  # the same conditions after stage 1, too
-        starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sweep=(0,), rates={
+        starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sparse=ADAMW, sweep=(0,), rates={
             rates: f"{names} {names.replace('-fresh', '')}" for rates, names in SMOLLM2.items()} | {
             "2e-5 4e-5": "full"}),
     "smollm2-medmcqa": dict(
-        starts=SMOLLM2_STARTS, base=BASE, sweep=(0,), rates=SMOLLM2 | {"4e-5 8e-5": "full"},
+        starts=SMOLLM2_STARTS, base=BASE, sparse=ADAMW, sweep=(0,), rates=SMOLLM2 | {"4e-5 8e-5": "full"},
         flags=TASK + "--task medmcqa --medmcqa-data {data}/medmcqa --steps 60 --eval-examples 500"),
     "smollm2-stage-1": dict(
-        starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE,
+        starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE, sparse=ADAMW,
         sweep=(0,), rates={"0.025 0.05 0.1 0.2": "after-280-steps after-lr2e-3", "0.2":
                            "after-not-normalised", "2": "after-alpha0.01 after-lr2e-3-alpha0.01"}),
 }
 HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-random-fresh",
-            "additive-all-fresh", "lora", "full")  # headline.png; frontier.png has the others, too
+            "additive-all-fresh", "lora", "full", "additive-tfidf-n512-t500", "lora-replay8",
+            "full-replay8")  # headline.png; frontier.png has the others, too
 
 
-def command(condition, out, seed, base):
-    """additive-tfidf+s-fresh-t100-sgd -> the script and flags that make it, but rate and task."""
-    if condition in ("lora", "full"):
-        return f"baselines.py --method {condition} {base}"
-    if condition.startswith("after-"):
-        return f"train_sparse.py --optimizer adamw --parent {out}/{condition[6:]}-seed{seed}"
-    mode, scorer, *rest = condition.split("-")
-    start = f"{out}/{mode}-{'fresh' if 'fresh' in rest else 'retrofit'}-seed{seed}"
-    flags = ["--train-alpha"] * ("+s" in scorer) + ["--optimizer adamw"] * ("sgd" not in rest)
-    flags += [f"--top-t {part[1:]}" for part in rest if part[0] == "t"]
-    return f"train_sparse.py --parent {start} --scorer {scorer.split('+')[0]} {' '.join(flags)}"
+def command(condition, out, seed, plan):
+    """additive-tfidf+s-fresh-t100-sgd -> the script and flags that make it, but rate and task. It
+    starts from the start that it names with the most words; else from MODE-retrofit."""
+    words = condition.replace("+", "-+").split("-")
+    flags = [FLAGS[word] if word in FLAGS else f"--top-t {word[1:]}" for word in words
+             if word in FLAGS or re.fullmatch(r"t\d+", word)]
+    if words[0] in ("lora", "full"):
+        return " ".join([f"baselines.py --method {words[0]}", plan["base"], *flags])
+    start = max((start for start in plan["starts"] if set(start.split("-")) <= set(words)),
+                key=len, default=f"{words[0]}-retrofit")
+    return " ".join([f"train_sparse.py --parent {out}/{start}-seed{seed}", plan["sparse"], *flags])
 
 
 def run_all(commands, args):
@@ -145,7 +174,7 @@ def study(plan, out, args):
                 if (row := figures(path(c, rate, seed), split))}
 
     def make(wanted, split):  # [(condition, rate, seed)]
-        run_all([f"{ROOT}/{command(c, out, seed, plan['base'])} {plan['flags']} --lr {rate} "
+        run_all([f"{ROOT}/{command(c, out, seed, plan)} {plan['flags']} --lr {rate} "
                  f"--seed {seed} --split {split} --out {path(c, rate, seed)}"
                  for c, rate, seed in wanted if not rows(c, rate, [seed], split)], args)
 
@@ -227,6 +256,24 @@ def plot_stage_1(pyplot, runs, to):
     figure.savefig(to / "stage-1.png", dpi=80)
 
 
+def plot_along(pyplot, result, plan, out, to, args):
+    """Along a stream: what is recalled of all that was told so far, and what is left of the old."""
+    runs = {c: out / f"along-{c}" for c in HEADLINE if c in result}
+    run_all([f"{ROOT}/{command(c, out, 0, plan)} {plan['flags']} --lr {result[c]['chosen']} "
+             f"--ask-every 10 --out {run}" for c, run in runs.items() if not smf.finished(run)], args)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="tight")
+    for axis, name in zip(axes, ("recall", "old")):
+        for c, run in runs.items():
+            lines = [line for line in metrics(run) if name in line]
+            axis.plot([10 * (i + (name == "recall")) for i in range(len(lines))],
+                      [line[name] for line in lines], label=c)
+        axis.set(xlabel="facts told so far", ylim=(0, 1.02))
+    axes[0].set(title="recall of the facts told so far, in wordings never seen")
+    axes[1].set(title="old questions answered")
+    axes[1].legend(fontsize="small")
+    figure.savefig(to / "along.png", dpi=80)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,6 +286,11 @@ def main(argv=None):
         raise smf.BadInput(f"{args.study}: give --model and --data")
     from matplotlib import pyplot  # for the figures alone: pip install matplotlib
     plan, out, to = STUDIES[args.study], Path("out", args.study), Path("results", args.study)
+    if "stream" in args.study:  # for a background of the questions that probe the old knowledge
+        asked = evaluation.load_questions("--trivia-data", "tiny/trivia_qa", "validation")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "asked.jsonl").write_text("".join(
+            json.dumps({"prompt": q.prompt, "text": q.answer}) + "\n" for _, q in asked))
     result = study(plan, out, args)
     tables = [evaluation.table({
         f"{c}, lr {d['chosen']} of {', '.join(d['validation'])}" if d["chosen"] else c:
@@ -247,10 +299,14 @@ def main(argv=None):
     tables += ["What it costs, as in Table 3 of [Gupta26]", evaluation.table(
         {c: accounting(out / f"{c}-lr{rate}-seed0") for c, rate in learned.items()})]
     to.mkdir(parents=True, exist_ok=True)
+    if "stream" in args.study:
+        plot_along(pyplot, result, plan, out, to, args)
     (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
-    panels = [[c for c in learned if (c in HEADLINE) == first] for first in (True, False)]
-    plot(pyplot, result, panels[:1], to / "headline.png")
+    panels = [[c for c in HEADLINE if c in learned]]
+    plot(pyplot, result, panels, to / "headline.png")
+    others = [c for c in learned if c not in HEADLINE]
+    panels += [others[i:i + 12] for i in range(0, len(others), 12)]
     plot(pyplot, result, panels, to / "frontier.png")
     plot_stage_1(pyplot, [out / f"{c}-seed0" for c in plan["starts"] if "fresh" not in c], to)
     print(*tables, sep="\n\n")
