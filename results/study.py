@@ -64,8 +64,8 @@ STREAM = {  # {rates: conditions}
         *SCORERS, *SIZES, "tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked")]
     + [f"additive-tfidf-n512-{t}-documents" for t in ("t500", "t10000")] + ["replacement-tfidf"],
     "0.006 0.02 0.06": ["additive-tfidf-n512-t500-adamw"],
-    "1e-4 3e-4 1e-3": ["full", "full-replay8", "full-documents"],
-    "3e-4 1e-3 3e-3": ["lora", "lora-replay8", "lora-documents"],
+    "1e-4 3e-4 1e-3": ["full", "full-documents"],
+    "3e-4 1e-3 3e-3": ["full-replay8", "lora", "lora-replay8", "lora-documents"],
     "0.03 0.1 0.3 ": ["full-sgd", "full-sgd-replay8"], "0.1 0.3 1 ": ["lora-sgd", "lora-sgd-replay8"]}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
