@@ -65,7 +65,7 @@ def train(model, tokenizer, data, plan, run, args):
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.optimizer]
     optimizer = kind(trained.values(), weight_decay=0.0)
     chats = train_retrofit.general_chats(args) if args.replay else []
-    general = [smf.encode(tokenizer, *chat, args.max_length) for chat in chats]
+    general = smf.encode_all(tokenizer, chats, args.max_length)
     done, state = smf.load_checkpoint(run)
     if state:
         model.load_state_dict(state["model"], strict=False)
@@ -80,7 +80,8 @@ def train(model, tokenizer, data, plan, run, args):
         with torch.autocast(args.device, torch.bfloat16, enabled=mixed):
             loss, _ = smf.backward(model, batch, args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-        lr = args.lr * evaluation.learning_rate(step, len(plan), args)
+        factor = 1.0 if args.task == "stream" else smf.learning_rate(step, len(plan), args.warmup)
+        lr = factor * args.lr
         smf.log(run, step=step, loss=loss.item(), lr=lr, grad_norm=norm, **asked)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -110,7 +111,6 @@ def parse(argv=None):
     add("--lr", type=float, help=f"learning rate ({LEARNING_RATE})")
     add("--replay", type=int, default=0, help="general chats added to each batch, not to forget")
     add("--oasst-data", help="these chats, in the layout of OpenAssistant")
-    add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
     args.lr = args.lr or LEARNING_RATE[args.preset][args.method]

@@ -1,18 +1,17 @@
 """Measure runs: what they learned and what they forgot. Prints a Markdown table.
 
     python eval.py                          # every finished run below out
-    python eval.py RUN_DIR ...
-    python eval.py RUN_DIR --split validation
-    python eval.py RUN_DIR --ask "Where was Nuto Lilton born?"    # the answers of all it is based on
+    python eval.py RUN_DIR ... --split validation
+    python eval.py RUN_DIR --ask "Where was Nuto Lilton born?"   # by all runs that it is based on
 
 A run is measured on the task and data that it was made with (the flags in its config.json), unless
-a flag says otherwise. The measures and the answers stay in its eval.json, for the next time.
-The measures are, +- standard error:
+a flag says otherwise. Measures and answers stay in its eval.json, and are read from there the next
+time. The measures are, +- standard error:
 
   target      share of the questions about what was taught that are answered (greedy, any alias);
               medmcqa: share of questions whose right option has the highest mean log-likelihood
-  oldest      stream: target, but only for the first quarter of what was told; newest: the last
-  target LL   mean log-likelihood of a token of the answer; of a stream without questions: of a text
+  oldest      of a stream: target of the first quarter of what was told; newest: of the last
+  target LL   mean log-likelihood of a token of the answer (of a stream's texts, if none is asked)
   untaught    share of facts recalled that no run is taught: chance, or the target leaks
   perplexity  of general text, every token scored once, in a sliding window
   knowledge   share of other questions, never taught, that are answered; LL as above;
@@ -49,19 +48,20 @@ PRESETS = {
 def add_flags(parser):
     """The flags that say what to learn, how long, and what to measure."""
     add = parser.add_argument_group("task and evaluation").add_argument
-    add("--task", choices=["stream", "facts", "medmcqa"], help="what to learn: sources one after "
-        "the other, or questions and answers, or four-choice questions, shuffled")
-    add("--stream-data", help="what to tell: columns text and, if there, source and prompt; a .txt "
-        "of paragraphs; with questions about it in a split of their own")
-    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"),
-        help="stream, facts: learn only these sources, counted from 0, without END (all)")
-    add("--passes", type=int, help="stream: steps for each source")
-    add("--epochs", type=int, help="facts, medmcqa: times that each example is seen")
-    add("--steps", type=int, help="steps, instead of epochs or of the whole stream")
-    add("--warmup", type=int, help="facts, medmcqa: steps of linear warm-up")
+    add("--task", choices=["stream", "facts", "medmcqa"], help="sources told one after the other, "
+        "and asked for; or shuffled: facts, four-choice questions")
+    add("--stream-data", help="what to tell: columns text and, if there, source and prompt; or a "
+        ".txt of paragraphs. Its test split asks for it")
     add("--facts-data", help="facts to learn, in the layout of TriviaQA")
+    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"),
+        help="learn only these sources or facts, counted from 0, END not included (all)")
     add("--medmcqa-data", help="four-choice questions to learn, in the layout of MedMCQA")
     add("--num-questions", type=int, help="medmcqa: learn so many at most")
+    add("--passes", type=int, help="stream: steps for each source")
+    add("--epochs", type=int, help="shuffled: times that each example is seen")
+    add("--steps", type=int, help="steps, instead of epochs or the whole stream")
+    add("--warmup", type=int, help="shuffled: steps of linear warm-up")
+    add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     add("--split", choices=["test", "validation"], help="of the target; validation: choose rates")
     add("--trivia-data", help="questions that are not taught: what was forgotten?")
     add("--untaught-data", help="facts never taught, to see them stay at chance")
@@ -76,11 +76,11 @@ def add_flags(parser):
 
 
 class Question(NamedTuple):
-    prompt: str  # None: the answer is a text without a prompt
+    prompt: str  # None: to be told without one
     answer: str
     aliases: list = []  # of an open question: what counts as an answer
     options: list = []  # of a multiple-choice question
-    source: int = None  # the place in the data of the source, or fact, that it belongs to
+    source: int = None  # the place of its source, or fact, in the data
 
 
 class Data(NamedTuple):
@@ -95,37 +95,24 @@ def is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
 
-def load_questions(flag, name, split):
-    """Rows in TriviaQA's layout, or with a plain answer -> [(id, Question)]. id: its source, or
-    else its question_id, or None."""
-    questions, optional = [], ("source", "question_id")
-    rows = smf.load_rows(flag, name, split, ("question", "answer"), optional)
-    for number, row in enumerate(rows, 1):
-        answer = row["answer"] if isinstance(row["answer"], dict) else {"value": row["answer"]}
-        value = str(answer.get("value") or "")
-        if not is_text(row["question"]) or not is_text(value):
-            raise smf.BadInput(f"{flag} {name}: question {number} of {split} has no text or no "
-                               f"answer (answer.value); give both, or remove the row")
+def load_questions(flag, name, split, told=False):
+    """Rows in TriviaQA's layout, or with a plain answer; or, told, of a stream: texts, some with a
+    prompt -> [(id, Question)], id: the source, else the question_id, else None."""
+    columns, more = (("text",), "prompt") if told else (("question", "answer"), "question_id")
+    questions = []
+    for number, row in enumerate(smf.load_rows(flag, name, split, columns, ("source", more)), 1):
+        answer = row["text"] if told else row["answer"]
+        answer = answer if isinstance(answer, dict) else {"value": answer}
+        prompt, value = row.get("prompt" if told else "question"), str(answer.get("value") or "")
+        source = row.get("source", row.get("question_id"))
+        if not is_text(value) or not is_text(prompt) and not (told and prompt is None) or (
+                "source" in row and source in (None, "")):
+            raise smf.BadInput(f"{flag} {name}: row {number} of {split} has no text, or no answer "
+                               f"(answer.value), or no source; give it, or remove the row")
         aliases = [value, *filter(is_text, answer.get("aliases") or [])]
-        source = next((str(row[c]) for c in optional if row.get(c) is not None), None)
-        questions.append((source, Question(row["question"], value, aliases)))
+        questions.append((source if source is None else str(source),
+                          Question(prompt, value, aliases)))
     return questions
-
-
-def load_texts(flag, name):
-    """What a stream tells, in the order of the data -> [(id of its source or None, Question)]."""
-    texts = []
-    for number, row in enumerate(smf.load_rows(flag, name, "train", ("text",),
-                                               ("source", "prompt")), 1):
-        prompt, source = row.get("prompt"), row.get("source")
-        if not is_text(row["text"]) or not (prompt is None or is_text(prompt)):
-            raise smf.BadInput(f"{flag} {name}: row {number} of train has no text, or a prompt that "
-                               f"is none; mend or remove the row")
-        if "source" in row and source in (None, ""):
-            raise smf.BadInput(f"{flag} {name}: row {number} of train has no source; give all rows "
-                               f"one, or none (then each is a source)")
-        texts.append((source if source is None else str(source), Question(prompt, row["text"])))
-    return texts
 
 
 def names_its_answer(question):
@@ -134,35 +121,31 @@ def names_its_answer(question):
 
 
 def load_sources(args):
-    """--task stream and facts: what --sources tell -> train, target.
+    """--task stream or facts: the sources to learn -> train, target.
 
-    Rows with the same source (facts: question_id) belong together, else each row is a source of its
-    own, named by its number, from 1. Asked are the questions of --split about what was told, or
-    told before it: other wordings, never trained on. If the data has no such split, the facts task
-    asks the trained questions themselves, and the stream none."""
+    Rows with one source (facts: question_id) belong together; else each row is a source, named by
+    its number. Asked are the questions of --split about these sources and those before them: in
+    wordings never trained on. Without such a split the facts task asks what it trained."""
     stream, flag = args.task == "stream", f"--{args.task}-data"
     name = args.stream_data if stream else args.facts_data
     splits = smf.split_names(flag, name)
     taught = "train" if stream or "train" in splits else "validation"
-    rows = load_texts(flag, name) if stream else load_questions(flag, name, taught)
-    rows = [(str(number) if source is None else source, q)
-            for number, (source, q) in enumerate(rows, 1)]
-    place = {source: i for i, source in enumerate(dict.fromkeys(source for source, _ in rows))}
+    rows = load_questions(flag, name, taught, told=stream)
+    rows = [(id or str(number), q) for number, (id, q) in enumerate(rows, 1)]
+    place = {id: i for i, id in enumerate(dict.fromkeys(id for id, _ in rows))}
     first, end = args.sources or (0, len(place))
     if not 0 <= first < end <= len(place):
-        raise smf.BadInput(f"--sources {first} {end}: {name} has sources 0 to {len(place)}")
-    own = [q._replace(source=place[source]) for source, q in rows]
-    asked = [] if stream else own
+        raise smf.BadInput(f"--sources {first} {end}: {name} has {len(place)}")
+    asked = [] if stream else rows
     if args.split in splits and args.split != taught:
         asked = load_questions(flag, name, args.split)
-        unknown = [source for source, _ in asked if source is not None and source not in place]
-        if stream and unknown:
-            raise smf.BadInput(f"{flag} {name}: a question of {args.split} is about source "
-                               f"{unknown[0]}, which is not in train; mend or remove it")
-        asked = [q._replace(source=place.get(source)) for source, q in asked
-                 if source not in unknown]
-    return ([q for q in own if first <= q.source < end],
-            [q for q in asked if (q.source or 0) < end and not names_its_answer(q)])
+    if stream and (unknown := {id for id, _ in asked} - {*place, None}):
+        raise smf.BadInput(f"{flag} {name}: {args.split} asks about the source {min(unknown)}, "
+                           f"which train does not have; mend or remove the question")
+    train, target = ([q._replace(source=place.get(id)) for id, q in part
+                      if id is None or low <= place.get(id, end) < end]
+                     for part, low in ((rows, first), (asked, 0)))
+    return train, [q for q in target if not names_its_answer(q)]
 
 
 def load_medmcqa(args):
@@ -208,33 +191,23 @@ def load_data(args):
 
 
 def training_plan(model, tokenizer, data, args):
-    """-> the batches of Examples, one for each step, and a hash of the Examples. Raises BadInput
-    now if the run could not be measured in the end."""
+    """-> the batch of Examples of each step, and a hash of what is learned. BadInput now if the run
+    could not be measured in the end."""
     if args.window > context_length(model):
         raise smf.BadInput(f"--window {args.window}: the model sees {context_length(model)} tokens")
-    examples = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length, end=q.prompt is not None)
-                for q in data.train]
-    long = sum(len(ids) == args.max_length for ids, _ in examples)
-    if long:
-        print(f"{long} of {len(examples)} examples reach --max-length {args.max_length}: cut there")
+    examples = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
     if args.task == "stream":
         sources = {}  # {source: its rewordings}
         for q, example in zip(data.train, examples):
             sources.setdefault(q.source, []).append(example)
-        plan = smf.stream_batches(list(sources.values()), args.batch_size, args.passes)
-        plan = plan[:args.steps]
+        plan = smf.stream_batches(list(sources.values()), args.batch_size, args.passes)[:args.steps]
     elif len(examples) < args.batch_size:
         raise smf.BadInput(f"--batch-size {args.batch_size}: only {len(examples)} to learn")
     else:
         steps = args.epochs * (len(examples) // args.batch_size)
-        steps = steps if args.steps is None else args.steps
-        plan = smf.batches(examples, args.batch_size, args.seed, steps)
+        plan = smf.batches(examples, args.batch_size, args.seed,
+                           steps if args.steps is None else args.steps)
     return plan, smf.sha256(json.dumps(examples).encode()).hexdigest()
-
-
-def learning_rate(step, steps, args):
-    """The factor of the learning rate. A stream does not know its end, so there it is constant."""
-    return 1.0 if args.task == "stream" else smf.learning_rate(step, steps, args.warmup)
 
 
 # Measures
@@ -332,13 +305,12 @@ def multiple_choice(model, tokenizer, questions):
 
 
 def quarters(questions, right):
-    """{"oldest": the share answered of the questions about the first quarter of the sources,
-    "newest": of those about the last}"""
-    known = [(q.source, r) for q, r in zip(questions, right) if q.source is not None]
-    end = 1 + max((source for source, _ in known), default=0)
-    parts = {"oldest": [r for source, r in known if source < end / 4],
-             "newest": [r for source, r in known if source >= end * 3 / 4]}
-    return {name: mean(part) for name, part in parts.items() if part}
+    """{"oldest": share answered of the first quarter of the sources, "newest": of the last}"""
+    end = 1 + max((q.source for q in questions if q.source is not None), default=0)
+    parts = {"oldest": range(-(-end // 4)), "newest": range(end - -(-end // 4), end)}
+    found = {name: [r for q, r in zip(questions, right) if q.source in part]
+             for name, part in parts.items()}
+    return {name: mean(part) for name, part in found.items() if part}
 
 
 def evaluate(model, tokenizer, data, args):
@@ -351,7 +323,7 @@ def evaluate(model, tokenizer, data, args):
         result["target"], result["target LL"] = mean(right), mean(likelihood)
         result |= quarters(data.target, right) if args.task == "stream" else {}
     else:
-        told = [smf.encode(tokenizer, q.prompt, q.answer, args.max_length) for q in data.train]
+        told = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
         result["target LL"] = mean(log_likelihoods(model, told))
     if data.untaught:
         result["untaught"] = mean(open_questions(model, tokenizer, data.untaught)[1])
@@ -366,10 +338,10 @@ def evaluate(model, tokenizer, data, args):
 
 
 def ask_along(model, tokenizer, data, step, args):
-    """At every --ask-every sources of a stream, before a step: what is recalled of all that was
-    told so far, and what is known of the old -> {measure: share}, else {}."""
+    """Every --ask-every sources of a stream, before a step: the share recalled of all that was told
+    so far, and of the old knowledge -> {measure: share}, at other steps {}."""
     told, rest = divmod(step, args.passes)
-    if not args.ask_every or args.task != "stream" or rest or told % args.ask_every:
+    if args.task != "stream" or not args.ask_every or rest or told % args.ask_every:
         return {}
     end = told + (args.sources or [0])[0]
     asked = [q for q in data.target if q.source is not None and q.source < end]

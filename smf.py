@@ -566,6 +566,17 @@ def encode(tokenizer, prompt, answer, max_length, end=True):
     return Example(prompt + ids, len(prompt) or 1)  # nothing predicts the first token of all
 
 
+def encode_all(tokenizer, pairs, max_length):
+    """Examples to learn of (prompt, answer) pairs; after an answer without a prompt, a plain text,
+    there is no end token, because it may go on. Says how many are cut."""
+    examples = [encode(tokenizer, prompt, answer, max_length, end=prompt is not None)
+                for prompt, answer in tqdm(pairs, "tokenize", leave=False)]
+    long = sum(len(ids) == max_length for ids, _ in examples)
+    if long:
+        print(f"{long} of {len(examples)} texts reach --max-length {max_length}: cut there")
+    return examples
+
+
 def collate(examples, device="cpu", length=0):
     """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (P,), targets (B, P).
     columns: the positions where any example predicts a target; only there are logits computed.

@@ -26,7 +26,6 @@ PRESETS = {
 DECISIVE = ("seed", "batch_size", "alpha", "lr", "alpha_lr", "warmup", "query_momentum",
             "background")
 SHARE = 0.01  # RMS(alpha Mem(x)) / RMS(MLP(x)) at the start: ours, .1 changes what tiny says
-HELD_OUT = 128  # chats kept from training, for the held-out loss
 
 
 def parse(argv=None):
@@ -110,8 +109,8 @@ def spread(counts):
 
 
 @torch.no_grad()
-def measure(model, general, held_out, args):
-    """Collect the background; print how evenly it reads each memory, and the held-out loss."""
+def measure(model, general, args):
+    """Collect the background; print how evenly it reads each memory."""
     smf.collect_background(model, collated(general, args, "background"))
     for name, memory in smf.memories(model).items():
         usage, kl = spread(memory.background_counts)
@@ -119,9 +118,6 @@ def measure(model, general, held_out, args):
               f"KL from uniform {kl:.2f} nats")
         if kl > 3:  # no more than exp(-3) = 5 % of the rows are in effective use
             print("WARNING: this memory has collapsed to a few rows; lower --lr or --steps")
-    losses = [smf.token_loss(model, batch)[batch["targets"] != -100]
-              for batch in collated(held_out, args, "held-out loss")]
-    print(f"held-out loss {torch.cat(losses).mean().item():.4f}")
 
 
 def train(model, examples, steps, run, args):
@@ -173,22 +169,17 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     smf.retrofit(model, **memory)
 
-    chats = general_chats(args)[:HELD_OUT + max(args.examples, args.background)]
-    examples = [smf.encode(tokenizer, *chat, args.max_length) for chat in tqdm(chats, "tokenize")]
-    held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
-    general, examples = examples[:args.background], examples[:args.examples]
-    chats = general[:64]
+    chats = general_chats(args)[:max(args.examples, args.background)]
+    examples = smf.encode_all(tokenizer, chats, args.max_length)
+    chats, general, examples = (examples[:n] for n in (64, args.background, args.examples))
     if args.background_data:
         rows = smf.load_rows("--background-data", args.background_data, "train", ("text",),
                              ("prompt",))
-        general = [smf.encode(tokenizer, row.get("prompt"), row["text"], args.max_length)
-                   for row in rows if row["text"]][:args.background]
+        general = smf.encode_all(tokenizer, [(row.get("prompt"), row["text"]) for row in rows
+                                             if row["text"]][:args.background], args.max_length)
     if len(examples) < args.batch_size:
         raise smf.BadInput(f"--oasst-data, --examples: {len(examples)} are left to train on")
     steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
-    long = sum(len(ids) == args.max_length for ids, _ in examples)
-    if long:
-        print(f"{long} of {len(examples)} chats reach --max-length {args.max_length}: cut there")
     config = {"base": smf.base_name(args.model), "parent_sha256": base, "dtype": args.dtype,
               "memory": memory, "steps": steps,
               "data": smf.sha256(json.dumps([general, examples]).encode()).hexdigest()}
@@ -200,7 +191,7 @@ def main(argv=None):
         batches = list(collated(chats, args, "calibrate"))
         calibrate(model, [mlps[layer] for layer in layers], batches, args)
     train(model, examples, steps, run, args)
-    measure(model, general, held_out, args)
+    measure(model, general, args)
     smf.finish_run(run, smf.memory_state(model))
 
 

@@ -53,7 +53,6 @@ def parse(argv=None):
     add("--lr", type=float, help=f"learning rate of the rows ({LEARNING_RATE})")
     add("--train-alpha", action="store_true", help="+S [Gupta26]: train the alphas, too")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of the alphas")
-    add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
     args.lr = args.lr or LEARNING_RATE[args.task][args.optimizer]
@@ -126,7 +125,7 @@ def train(model, tokenizer, data, plan, run, args):  # -> what was learned, {nam
             updates[name] = torch.tensor([0], device=args.device), all_reduce(alpha.grad).view(1, 1)
 
         # Update these rows, and nothing else.
-        factor = evaluation.learning_rate(step, len(plan), args)
+        factor = 1.0 if args.task == "stream" else smf.learning_rate(step, len(plan), args.warmup)
         smf.log(run, step=step, loss=all_reduce(loss).item(), lr=factor * args.lr, grad_norm=norm,
                 rows=[len(updates[f"{name}.values"][0]) for name in memories], **asked)
         for name, (selected, gradient) in updates.items():
