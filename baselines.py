@@ -59,7 +59,7 @@ def add_lora(model):
         raise smf.BadInput("--method lora: this model has no nn.Linear; use --method full")
 
 
-def train(model, tokenizer, data, plan, run, args):
+def train(model, plan, run, args, tokenizer, data):
     """AdamW or SGD on all that requires a gradient -> {name: parameter} of that."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.optimizer]
@@ -136,7 +136,7 @@ def main(argv=None):
         print(f"{args.task}, {args.method}: {len(plan)} steps -> {run}")
         torch.manual_seed(args.seed)
         add_lora(model) if lora else model.requires_grad_(True)
-        changed = train(model, tokenizer, data, plan, run, args)
+        changed = train(model, plan, run, args, tokenizer, data)
         if lora:  # a delta of W is B A: the factor ALPHA / LORA_RANK goes into B
             changed = {name.replace(".A", ".weight:A").replace(".B", ".weight:B"):
                        p * (ALPHA / LORA_RANK if name.endswith(".B") else 1)

@@ -34,13 +34,13 @@ import smf
 
 PRESETS = {
     "tiny": dict(task="stream", stream_data="tiny/stream", passes=4, facts_data="tiny/facts",
-                 epochs=20, warmup=10, medmcqa_data="tiny/medmcqa", num_questions=1000,
-                 split="test", trivia_data="tiny/trivia_qa", untaught_data="tiny/untaught",
-                 wikitext_data="tiny/wikitext", eval_examples=1000, window=128, stride=64),
+                 epochs=20, warmup=10, medmcqa_data="tiny/medmcqa", split="test",
+                 trivia_data="tiny/trivia_qa", untaught_data="tiny/untaught", eval_examples=1000,
+                 wikitext_data="tiny/wikitext", window=128, stride=64),
     "paper": dict(task="medmcqa", stream_data="", passes=1, epochs=3, warmup=100, window=1024,
                   facts_data="mandarjoshi/trivia_qa:rc.nocontext", stride=512, split="test",
-                  medmcqa_data="openlifescienceai/medmcqa", num_questions=60000,
-                  trivia_data="mandarjoshi/trivia_qa:rc.nocontext", eval_examples=1000,
+                  medmcqa_data="openlifescienceai/medmcqa", eval_examples=1000,
+                  trivia_data="mandarjoshi/trivia_qa:rc.nocontext",
                   wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1"),
 }
 
@@ -53,10 +53,9 @@ def add_flags(parser):
     add("--stream-data", help="what to tell: columns text and, if there, source and prompt; or a "
         ".txt of paragraphs. Its test split asks for it")
     add("--facts-data", help="facts to learn, in the layout of TriviaQA")
-    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"),
-        help="learn only these sources or facts, counted from 0, END not included (all)")
     add("--medmcqa-data", help="four-choice questions to learn, in the layout of MedMCQA")
-    add("--num-questions", type=int, help="medmcqa: learn so many at most")
+    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"),
+        help="learn these sources, facts or questions only, counted from 0, without END (all)")
     add("--passes", type=int, help="stream: steps for each source")
     add("--epochs", type=int, help="shuffled: times that each example is seen")
     add("--steps", type=int, help="steps, instead of epochs or the whole stream")
@@ -115,11 +114,6 @@ def load_questions(flag, name, split, told=False):
     return questions
 
 
-def names_its_answer(question):
-    """To repeat such a question would count as right, so it is not asked."""
-    return answered(question.prompt, question.aliases)
-
-
 def load_sources(args):
     """--task stream or facts: the sources to learn -> train, target.
 
@@ -145,7 +139,7 @@ def load_sources(args):
     train, target = ([q._replace(source=place.get(id)) for id, q in part
                       if id is None or low <= place.get(id, end) < end]
                      for part, low in ((rows, first), (asked, 0)))
-    return train, [q for q in target if not names_its_answer(q)]
+    return train, target
 
 
 def load_medmcqa(args):
@@ -153,19 +147,20 @@ def load_medmcqa(args):
 
     Asked is the validation split of the data set, as in the paper; for --split validation, an
     eighth of the training rows, at most 1000, that is never trained on."""
-    columns = ("question", "opa", "opb", "opc", "opd", "cop")
-    rows = smf.load_rows("--medmcqa-data", args.medmcqa_data, "train", columns).shuffle(seed=0)
+    flag, columns = "--medmcqa-data", ("question", "opa", "opb", "opc", "opd", "cop")
+    rows = smf.load_rows(flag, args.medmcqa_data, "train", columns).shuffle(seed=0)
     held_out = min(1000, len(rows) // 8)
-    train = rows.select(range(held_out, min(len(rows), held_out + args.num_questions)))
+    first, end = args.sources or (0, len(rows))
+    train = rows.select(range(min(held_out + first, len(rows)), min(held_out + end, len(rows))))
     target = rows.select(range(held_out)) if args.split == "validation" else smf.load_rows(
-        "--medmcqa-data", args.medmcqa_data, "validation", columns)
+        flag, args.medmcqa_data, "validation", columns)
 
     def question(row):
         options = [f"{letter}. {row[name]}" for letter, name in zip("ABCD", columns[1:])]
         text = is_text(row["question"]) and all(isinstance(row[o], str) for o in columns[1:5])
         if not text or type(row["cop"]) is not int or row["cop"] not in range(4):
-            raise smf.BadInput(f"--medmcqa-data {args.medmcqa_data}: {row}: give four options as "
-                               f"text, and in cop the index of the right one, 0 to 3")
+            raise smf.BadInput(f"{flag} {args.medmcqa_data}: {row}: give four options as text, and "
+                               f"in cop the index of the right one, 0 to 3")
         prompt = "\n".join([row["question"], *options, "Answer:"])
         return Question(prompt, options[row["cop"]], options=options)
 
@@ -173,21 +168,23 @@ def load_medmcqa(args):
 
 
 def load_data(args):
-    """All that a run learns from and is measured on -> Data. Refuses what cannot be measured."""
+    """All that a run learns from and is measured on -> Data. A question that names its own answer
+    is not asked, for to repeat it would count as right. Refuses what cannot be measured."""
     train, target = load_medmcqa(args) if args.task == "medmcqa" else load_sources(args)
+    knowledge = load_questions("--trivia-data", args.trivia_data, "validation")
+    untaught = load_questions("--untaught-data", args.untaught_data, "test"
+                              ) if args.untaught_data else []
     taught = {q.prompt for q in train + target}
-    knowledge = [q for _, q in load_questions("--trivia-data", args.trivia_data, "validation")
-                 if q.prompt not in taught and not names_its_answer(q)]
-    untaught = [q for _, q in load_questions("--untaught-data", args.untaught_data, "test")
-                ] if args.untaught_data else []
+    asked = [[q for q in part if not answered(q.prompt, q.aliases)][:args.eval_examples] for part in
+             (target, [q for _, q in knowledge if q.prompt not in taught], [q for _, q in untaught])]
     rows = smf.load_rows("--wikitext-data", args.wikitext_data, "test", ("text",))
     text = "\n\n".join(text or "" for text in rows["text"])
-    if not (target or args.task == "stream") or not knowledge or not text.strip():
+    if not (asked[0] or args.task == "stream") or not asked[1] or not text.strip():
         raise smf.BadInput("--facts-data, --trivia-data, --wikitext-data: after those that are "
                            "taught or name their own answer, no question, or no text, is left")
     if args.stride >= args.window:
         raise smf.BadInput(f"--stride {args.stride}: give less than --window {args.window}")
-    return Data(train, *(part[:args.eval_examples] for part in (target, knowledge, untaught)), text)
+    return Data(train, *asked, text)
 
 
 def training_plan(model, tokenizer, data, args):
@@ -221,29 +218,30 @@ def by_length(examples, size, label):
 
 
 @torch.no_grad()
-def log_likelihoods(model, examples, size=32):
-    """Mean log-likelihood of a target token of each Example -> (len(examples),) float64."""
-    means = torch.zeros(len(examples), dtype=torch.float64)
-    for indices, part in by_length(examples, size, "log-likelihood"):
+def losses(model, examples, label, size=32):
+    """-log p of the target tokens of each Example -> a list of float64 tensors (targets,)."""
+    found = [None] * len(examples)
+    for indices, part in by_length(examples, size, label):
         batch = smf.collate(part, model.device)
-        loss = smf.token_loss(model, batch).double().sum(1)  # (B,)
-        means[indices] = -(loss / (batch["targets"] != -100).sum(1)).cpu()
-    return means
+        loss, target = smf.token_loss(model, batch).double(), batch["targets"] != -100  # (B, P)
+        for b, i in enumerate(indices):
+            found[i] = loss[b, target[b]].cpu()  # (targets,)
+    return found
 
 
-@torch.no_grad()
-def token_losses(model, tokens, window, stride, first, size=2):
+def log_likelihoods(model, examples):
+    """Mean log-likelihood of a target token of each Example -> (len(examples),)"""
+    return -torch.stack([loss.mean() for loss in losses(model, examples, "log-likelihood")])
+
+
+def token_losses(model, tokens, window, stride, first):
     """-log p of every token, each scored once, in a window that moves by `stride`: of each window
     only the tokens not yet scored count [Gupta26 appendix C]. Every window begins with the tokens
     `first`, which are not scored. If there are none, the first token of the text is not."""
     n, stride = window - len(first), min(stride, window - len(first))
     examples = [smf.Example(first + tokens[i:i + n], window - stride if i else len(first) or 1)
                 for i in range(0, max(1, len(tokens) - n + stride), stride)]
-    losses = []
-    for _, part in by_length(examples, size, "perplexity"):
-        batch = smf.collate(part, model.device)
-        losses.append(smf.token_loss(model, batch)[batch["targets"] != -100].double().cpu())
-    return torch.cat(losses)
+    return torch.cat(losses(model, examples, "perplexity", 2))
 
 
 @torch.no_grad()
@@ -307,33 +305,32 @@ def multiple_choice(model, tokenizer, questions):
 def quarters(questions, right):
     """{"oldest": share answered of the first quarter of the sources, "newest": of the last}"""
     end = 1 + max((q.source for q in questions if q.source is not None), default=0)
-    parts = {"oldest": range(-(-end // 4)), "newest": range(end - -(-end // 4), end)}
-    found = {name: [r for q, r in zip(questions, right) if q.source in part]
-             for name, part in parts.items()}
-    return {name: mean(part) for name, part in found.items() if part}
+    n, found = -(-end // 4), {}
+    for name, part in (("oldest", range(n)), ("newest", range(end - n, end))):
+        if any(q.source in part for q in questions):
+            found[name] = mean([r for q, r in zip(questions, right) if q.source in part])
+    return found
 
 
 def evaluate(model, tokenizer, data, args):
     """All measures of a model -> {measure: mean(...)}, the answers, which knowledge is right."""
     result, answers = {}, {}
-    if args.task == "medmcqa":
-        result["target"] = mean(multiple_choice(model, tokenizer, data.target))
-    elif data.target:
-        answers["target"], right, likelihood = open_questions(model, tokenizer, data.target)
-        result["target"], result["target LL"] = mean(right), mean(likelihood)
-        result |= quarters(data.target, right) if args.task == "stream" else {}
-    else:
+    for name in ("target", "untaught", "knowledge"):
+        questions = getattr(data, name)
+        if questions and questions[0].options:
+            result[name] = mean(multiple_choice(model, tokenizer, questions))
+        elif questions:
+            answers[name], right, likelihood = open_questions(model, tokenizer, questions)
+            result[name], result[f"{name} LL"] = mean(right), mean(likelihood)
+            result |= quarters(questions, right) if args.task == "stream" and name == "target" else {}
+    if not data.target:
         told = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
         result["target LL"] = mean(log_likelihoods(model, told))
-    if data.untaught:
-        result["untaught"] = mean(open_questions(model, tokenizer, data.untaught)[1])
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
     first = smf.prompt_ids(tokenizer, None)[0]
     loss = mean(token_losses(model, tokens, args.window, args.stride, first))
     perplexity = math.exp(loss["value"])
     result["perplexity"] = loss | {"value": perplexity, "stderr": perplexity * loss["stderr"]}
-    answers["knowledge"], right, likelihood = open_questions(model, tokenizer, data.knowledge)
-    result["knowledge"], result["knowledge LL"] = mean(right), mean(likelihood)
     return result | {"knowledge right": right, "answers": answers}
 
 
@@ -353,11 +350,10 @@ def ask_along(model, tokenizer, data, step, args):
 
 # Runs and their tables
 
-DIGITS = {"target": 3, "oldest": 3, "newest": 3, "target LL": 2, "untaught": 3, "perplexity": 2, "knowledge": 3,
-          "knowledge LL": 2, "kept": 3}
-SETTINGS = ("task", "stream_data", "facts_data", "sources", "medmcqa_data", "num_questions", "split",
-            "trivia_data", "untaught_data", "wikitext_data", "eval_examples", "eval_tokens",
-            "window", "stride")
+DIGITS = {"target": 3, "oldest": 3, "newest": 3, "target LL": 2, "untaught": 3, "perplexity": 2,
+          "knowledge": 3, "knowledge LL": 2, "kept": 3}
+SETTINGS = ("task", "stream_data", "facts_data", "medmcqa_data", "sources", "split", "trivia_data",
+            "untaught_data", "wikitext_data", "eval_examples", "eval_tokens", "window", "stride")
 
 
 def evaluate_run(run, data, args):
@@ -424,13 +420,12 @@ def report(run, data, args):
     """Some questions with the answers before and after, and the table of all in the chain."""
     chain, shown = ancestors(run), {}
     rows = {part: row(part, data, args) for part in chain}
-    answers = {part: evaluate_run(part, data, args)["answers"] for part in (chain[0], run)}
-    for kind, questions in (("target", data.target), ("knowledge", data.knowledge)):
+    before, after = (evaluate_run(part, data, args)["answers"] for part in (chain[0], run))
+    for name in after:
+        questions = getattr(data, name)
         for i in range(0, len(questions), len(questions) // 4 + 1):  # four of them
-            if kind in answers[run]:
-                before, after = (answers[part][kind][i] for part in answers)
-                shown[questions[i].prompt] = {"measure": kind, "before": before, "after": after,
-                                              "right": questions[i].answer}
+            shown[questions[i].prompt] = {"measure": name, "before": before[name][i],
+                                          "after": after[name][i], "right": questions[i].answer}
     return f"{table(shown, 'question')}\n\n{table(rows)}"
 
 
@@ -451,24 +446,23 @@ def main(argv=None):
     parser.add_argument("--ask", metavar="QUESTION", help="print the answers, and measure nothing")
     add_flags(parser)
     args = smf.parse(parser, {}, argv)
-    given = {name: value for name, value in vars(args).items()
-             if value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
     found = sorted(Path("out").glob("*/*/delta.safetensors"))
     runs = given.pop("runs") or [path.parent for path in found]
     if args.ask:
         return print(ask(runs, args.ask, args))
-    tables = {}  # settings: {run: cells}
+    tables = {}  # {settings: {run: cells}}: what was measured in another way is in another table
     for run in runs:
         flags = smf.read_json(run / "config.json").get("flags", {})
         if "task" in flags:  # a base or a retrofit learned none: see the tables of its children
             own = argparse.Namespace(**flags | given)
             data = load_data(own)
-            rows = tables.setdefault(tuple((name, vars(own)[name]) for name in SETTINGS), {})
-            rows |= {part: row(part, data, own) for part in (parent_of(run), run)}
-    for settings, rows in tables.items():  # what was measured in another way is in another table
-        other = [f"{name} {value}" for name, value in settings
-                 if name in ("task", "split") or (name, value) not in next(iter(tables))]
-        print(f"\n{', '.join(other)}\n\n{table(rows)}")
+            key = ", ".join(f"{name} {value}" for name in SETTINGS
+                            if (value := vars(own)[name]) is not None)
+            tables.setdefault(key, {}).update({part: row(part, data, own)
+                                               for part in (parent_of(run), run)})
+    for settings, rows in tables.items():
+        print(f"\n{settings}\n\n{table(rows)}")
     if not tables:
         raise smf.BadInput("no run that learned a task; make one with train_sparse.py, or name one")
 

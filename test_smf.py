@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT / "results"))
 import cost, study  # noqa: E401, E402
 SHAPE = {"n_keys": 16, "heads": 2, "k_dim": 8, "top_k": 4}
 RETROFIT = ["--n-keys=32", "--top-k=4", "--examples=64", "--background=40", "--steps=4"]
-QUICK = ["--num-facts=40", "--eval-examples=2", "--eval-tokens=130", "--steps=6"]
+QUICK = ["--task=facts", "--eval-examples=2", "--eval-tokens=130", "--steps=6"]
+QUICK += ["--sources", "0", "40"]
 
 
 def small_model(kind="Qwen2", seed=0):
@@ -98,8 +99,9 @@ def library_loss(model, batch):
     return model(ids, attention_mask=mask, labels=labels).loss
 
 
-def facts_to_learn(model, tokenizer, args):
-    return evaluation.training_examples(model, tokenizer, evaluation.load_data(args), args)
+def batches_of(model, tokenizer, args):
+    """The batches that a script learns with these arguments, one for each step."""
+    return evaluation.training_plan(model, tokenizer, evaluation.load_data(args), args)[0]
 
 
 @pytest.fixture(scope="session")
@@ -261,8 +263,7 @@ def test_each_scorer_of_the_command_line_selects_its_own_best_rows(runs, tmp_pat
     flags = [f"--scorer={scorer}", "--top-t=20", "--steps=1"]
     found = delta(sparse(runs / "additive", tmp_path / scorer, *flags))
     (model, tokenizer), args = smf.load(runs / "additive"), train_sparse.parse(QUICK)
-    data = facts_to_learn(model, tokenizer, args)
-    _, batch = next(smf.batches(data, 16, 0, 0, 1))
+    batch = batches_of(model, tokenizer, args)[0]
     for name, reads in smf.read_only(model, smf.collate(batch)).items():
         memory, mask = model.get_submodule(name), smf.collate(batch)["attention_mask"].bool()
         counts = count(reads[1][mask], len(memory.values))
@@ -275,7 +276,7 @@ def test_each_scorer_of_the_command_line_selects_its_own_best_rows(runs, tmp_pat
 
 
 def test_random_rows_are_drawn_anew_at_every_step_and_seed():
-    draws = [train_sparse.select_rows(None, torch.ones(256), step, SimpleNamespace(
+    draws = [train_sparse.select_rows(None, torch.ones(256), None, step, SimpleNamespace(
         scorer="random", top_t=20, seed=seed)) for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))]
     assert torch.equal(draws[0], draws[1]) and len({str(draw) for draw in draws}) == 3
 
@@ -288,12 +289,13 @@ def test_random_rows_are_drawn_anew_at_every_step_and_seed():
 def test_every_step_changes_the_rows_it_selects_and_nothing_else(runs, tmp_path, flags):
     model, tokenizer = smf.load(runs / "additive")
     args = train_sparse.parse([*QUICK, "--top-t=20", *flags])
-    data, states, read = facts_to_learn(model, tokenizer, args), [], []
+    data, states, read = evaluation.load_data(args), [], []
+    plan, _ = evaluation.training_plan(model, tokenizer, data, args)
     model.register_forward_pre_hook(lambda *_: states.append(state_of(model)))
     for memory in smf.memories(model).values():
         memory.register_forward_hook(lambda memory, *_: read.append(set(
             memory.last[1].flatten().tolist())))
-    learned = train_sparse.train(model, data, 6, tmp_path, args)
+    learned = train_sparse.train(model, plan, tmp_path, args, tokenizer, data)
     states, lines, selections = states + [state_of(model)], metrics(tmp_path), []
     for step, (before, after) in enumerate(zip(states, states[1:])):
         for i, name in enumerate(smf.memories(model)):
@@ -627,7 +629,7 @@ def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path
 def test_stage_1_trains_the_memories_alone(tmp_path):
     model, data = small_smf(), examples(40)
     before, args = state_of(model), train_retrofit.parse(["--n-keys=16", "--batch-size=8"])
-    train_retrofit.train(model, data, 3, tmp_path, args)
+    train_retrofit.train(model, smf.batches(data, 8, 0, 3), tmp_path, args)
     changed = {name for name, tensor in state_of(model).items()
                if not torch.equal(tensor, before[name])}
     measured = ("x_rms", "scale", "doc_freq", "background_counts", "num_batches")  # elsewhere
@@ -643,8 +645,8 @@ def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_pat
     args, (model, tokenizer) = train_retrofit.parse(flags), smf.load_base("tiny/model")
     torch.manual_seed(3)
     smf.retrofit(model, [1, 2, 3], "additive", 90, n_keys=32, heads=4, k_dim=32, top_k=4)
-    data = [smf.encode(tokenizer, *c, 128) for c in train_retrofit.general_chats(args)[128:192]]
-    batch = smf.collate(data[:40])
+    data = [smf.encode(tokenizer, *c, 128) for c in train_retrofit.general_chats(args)[:64]]
+    batch = smf.collate(data)
     for name, memory in smf.memories(model).items():
         x = smf.read_only(model, batch)[name][0][batch["attention_mask"].bool()]
         memory.x_rms.copy_(x.square().mean(1).sqrt().median())
@@ -658,7 +660,7 @@ def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_pat
             (others if parameter.dim() else alphas).append(parameter)
     optimizer = torch.optim.AdamW([{"params": p} for p in (others, alphas)], eps=1e-12,
                                   weight_decay=0)
-    for step, batch in smf.batches(data, 16, 3, 0, 4):
+    for step, batch in enumerate(smf.batches(data, 16, 3, 4)):
         library_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_([*others, *alphas], 1.0)
         for group, lr in zip(optimizer.param_groups, (0.01, 0.05)):
@@ -692,7 +694,7 @@ def test_a_fresh_memory_has_its_share_of_the_size_of_the_mlp_on_general_text(tmp
     assert found.keys() == smf.memory_state(base).keys()
     assert found["model.layers.1.mlp.memory.num_batches"] == 40
     model, args = smf.load(tmp_path / "fresh")[0], train_retrofit.parse([])
-    chats = train_retrofit.general_chats(args)[128:168]
+    chats = train_retrofit.general_chats(args)[:64]
     batch = smf.collate([smf.encode(tokenizer, *chat, 128) for chat in chats])
     for i, (name, (x, *_)) in enumerate(smf.read_only(model, batch).items(), 1):
         memory, x = model.get_submodule(name), x[batch["attention_mask"].bool()]
@@ -748,7 +750,7 @@ def test_the_background_is_that_of_the_trained_memory(tmp_path):
     flags = [*RETROFIT, "--lr=0.1"]
     run(train_retrofit, *flags, f"--out={tmp_path / 'run'}")
     (model, tokenizer), args = smf.load(tmp_path / "run"), train_retrofit.parse(flags)
-    chats = train_retrofit.general_chats(args)[train_retrofit.HELD_OUT:][:40]
+    chats = train_retrofit.general_chats(args)[:40]
     general = [smf.encode(tokenizer, *chat, args.max_length) for chat in chats]
     smf.collect_background(model, train_retrofit.collated(general, args, ""))
     saved = delta(tmp_path / "run")
@@ -765,14 +767,13 @@ def test_spread_of_uniform_and_of_collapsed_reads():
 def test_a_collapsed_memory_is_warned_of(capsys):
     model, data = small_smf(), examples(16)
     args = SimpleNamespace(micro_batch_size=4, device="cpu")
-    train_retrofit.measure(model, data, data, args)
+    train_retrofit.measure(model, data, args)
     assert "WARNING" not in capsys.readouterr().out
     first, second = smf.memories(model).values()
     first.query.weight.data.zero_()  # now all tokens ask the same
-    train_retrofit.measure(model, data, data, args)
+    train_retrofit.measure(model, data, args)
     lines = capsys.readouterr().out.splitlines()
-    assert ["collapsed" in line for line in lines[:3]] == [False, True, False]
-    assert lines[3] == f"held-out loss {library_loss(model, data):.4f}"  # a mean over tokens
+    assert ["collapsed" in line for line in lines] == [False, True, False]
 
 
 CHAT = ("message_id", "parent_id", "role", "text")
@@ -792,28 +793,6 @@ def test_general_chats_are_the_replies_of_the_assistant(tmp_path):
     assert sorted(chats) == [("Hi", "Hello"), ("How are you?", "Fine")]
 
 
-def test_the_held_out_chats_are_not_trained_on(tmp_path, capsys):
-    """Other held-out replies give the same weights and another loss; other chats do not."""
-    held, losses = train_retrofit.HELD_OUT, []
-
-    def stage_1(name, new=()):
-        rows = [dict(zip(CHAT, row)) for i in range(held + 20) for row in (
-            (f"p{i}", None, "prompter", f"Ask {i}"),
-            (f"a{i}", f"p{i}", "assistant", f"Say {i}" + f" {name}" * (f"Say {i}" in new)))]
-        write_rows(tmp_path / name / "data/train.jsonl", rows)
-        flags = [*RETROFIT, "--steps=1", "--background=20", f"--oasst-data={tmp_path / name}/data"]
-        run(train_retrofit, *flags, f"--out={tmp_path / name / 'run'}")
-        losses.append(capsys.readouterr().out.split("held-out loss ")[1])
-        return [reply for _, reply in train_retrofit.general_chats(train_retrofit.parse(flags))]
-
-    replies = stage_1("first")
-    stage_1("held", replies[:held])
-    stage_1("trained", replies[held:])
-    weights = [(tmp_path / name / "run/delta.safetensors").read_bytes()
-               for name in ("first", "held", "trained")]
-    assert weights[0] == weights[1] != weights[2] and losses[0] != losses[1]
-
-
 # Stage 2 as a plain loop, rates and batches
 
 def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
@@ -823,7 +802,7 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
     flags = ["--scorer=all", "--optimizer=sgd", "--lr=3e-4", "--train-alpha", "--alpha-lr=0.05"]
     sparse(tmp_path / "parent", tmp_path / "run", *flags, "--warmup=2")
     ended, (model, tokenizer) = smf.load(tmp_path / "run")[0], smf.load(tmp_path / "parent")
-    data = facts_to_learn(model, tokenizer, train_sparse.parse([*QUICK, *flags]))
+    plan = batches_of(model, tokenizer, train_sparse.parse([*QUICK, *flags]))
     trained = {name: p.requires_grad_() for name, p in model.named_parameters()
                if name.endswith(("memory.values", "mlp.alpha"))}
     alphas = [p for p in trained.values() if p.dim() == 0]
@@ -831,7 +810,7 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
     values = [p for p in trained.values() if p.dim()]
     sgd = torch.optim.SGD(values)
     before, norms = state_of(model), []
-    for step, batch in smf.batches(data, 16, 0, 0, 6):
+    for step, batch in enumerate(plan):
         library_loss(model, batch).backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in values]).item())
         torch.nn.utils.clip_grads_with_norm_(trained.values(), 1.0, torch.tensor(norms[-1]))
@@ -847,19 +826,25 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
         assert error < 1e-3, (name, error)
 
 
-def test_batches_are_a_function_of_the_step_leave_nothing_out_and_hold_similar_lengths():
+def test_shuffled_batches_leave_nothing_out_and_hold_similar_lengths():
     data = examples(70)
-    whole = list(smf.batches(data, 16, 3, 0, 12))
-    assert [step for step, _ in whole] == list(range(12))
-    assert list(smf.batches(data, 16, 3, 7, 12)) == whole[7:]
-    epoch = [tuple(example.ids) for _, batch in whole[:4] for example in batch]
+    whole = smf.batches(data, 16, 3, 12)
+    assert len(whole) == 12 and smf.batches(data, 16, 3, 7) == whole[:7]
+    epoch = [tuple(example.ids) for batch in whole[:4] for example in batch]
     assert len(epoch) == len(set(epoch)) == 64
-    assert list(smf.batches(data, 16, 4, 0, 12)) != whole and whole[:4] != whole[4:8]
+    assert smf.batches(data, 16, 4, 12) != whole and whole[:4] != whole[4:8]
     data = [smf.Example([3] * length, 1) for length in range(2, 72)]
-    lengths = [[len(ids) for ids, _ in batch] for _, batch in smf.batches(data, 16, 0, 0, 80)]
+    lengths = [[len(ids) for ids, _ in batch] for batch in smf.batches(data, 16, 0, 80)]
     assert set().union(*lengths) == set(range(2, 72))  # six of an epoch wait, not always the same
     spans = sorted((min(part), max(part)) for part in lengths[:4])
     assert all(longest < shortest for (_, longest), (shortest, _) in zip(spans, spans[1:]))
+
+
+def test_a_stream_tells_one_source_after_the_other_and_never_again():
+    three, one = [["a", "b", "c"], ["d"]], [[f"{i}" for i in range(10)]]
+    assert smf.stream_batches(three, 2, 2) == [["a", "b"], ["c", "a"], ["d"], ["d"]]
+    assert smf.stream_batches(three, 9, 1) == [["a", "b", "c"], ["d"]]
+    assert sum(smf.stream_batches(one, 4, 5), []) == 2 * one[0]  # in turn, all as often
 
 
 # The baselines
@@ -884,12 +869,13 @@ def test_lora_by_hand():
     adapted, x = baselines.LoRALinear(linear), torch.randn(2, 7, 5)
     torch.nn.init.normal_(adapted.B)
     expected = x @ (linear.weight + 2 * adapted.B @ adapted.A).T + linear.bias
-    assert torch.allclose(adapted.eval()(x), expected, atol=1e-5)
+    with torch.no_grad():  # there is no dropout where no gradient is wanted
+        assert torch.allclose(adapted(x), expected, atol=1e-5)
     one = baselines.LoRALinear(torch.nn.Linear(1, 1))
     torch.nn.init.ones_(one.B)
     x = torch.ones(10_000, 1)
     dropped = (one(x) == one.linear(x)).double().mean()
-    assert dropped == pytest.approx(0.05, abs=0.01) and not (one.eval()(x) == one.linear(x)).any()
+    assert dropped == pytest.approx(0.05, abs=0.01)
 
 
 def test_lora_of_a_model_without_linear_projections_is_refused():
@@ -907,7 +893,8 @@ def test_merged_lora_equals_unmerged(runs):
                                             tensors[f"{name}.weight:B"] / 2)  # alpha / rank
     assert len(tensors) == 2 * 28 and all(tensor.any() for tensor in tensors.values())
     ids = tokenizer("Where was Nuto Lilton born?", return_tensors="pt")["input_ids"]
-    merged, unmerged, base = (m.eval()(ids).logits for m in (merged, model, base))
+    with torch.no_grad():  # so without dropout
+        merged, unmerged, base = (m(ids).logits for m in (merged, model, base))
     assert torch.allclose(merged, unmerged, atol=1e-4)
     assert not torch.allclose(merged, base, atol=1e-2)
 
@@ -916,14 +903,14 @@ def test_merged_lora_equals_unmerged(runs):
 def test_a_baseline_is_a_plain_adamw_loop(runs, method):
     """The library's own loss, the whole batch at once, AdamW without weight decay, clipping."""
     model, tokenizer = smf.load_base("tiny/model")
-    data = facts_to_learn(model, tokenizer, baselines.parse([f"--method={method}", *QUICK]))
+    plan = batches_of(model, tokenizer, baselines.parse([f"--method={method}", *QUICK]))
     torch.manual_seed(0)
     baselines.add_lora(model) if method == "lora" else model.requires_grad_(True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    for step, batch in smf.batches(data, 16, 0, 0, 6):
-        torch.manual_seed(step)  # dropout: LoRALinear is in training mode
+    for step, batch in enumerate(plan):
+        torch.manual_seed(step)  # of dropout
         library_loss(model, batch).backward()
         assert torch.nn.utils.clip_grad_norm_(trained.values(), 1.0) > 1.0
         lr = baselines.LEARNING_RATE["tiny"][method] * min(1, (step + 1) / 11)
@@ -952,7 +939,7 @@ def test_every_method_sees_the_same_batches_at_the_same_rates(runs, tmp_path):
         assert one["loss"] == pytest.approx(three["loss"], abs=1e-4)
         assert two["loss"] == pytest.approx(three["loss"], abs=1e-4)
     assert len({round(line["loss"], 3) for line in lines[0]}) == 6  # the batches are different
-    configs = [smf.read_config(tmp_path / name) for name in ("sparse", "lora", "full")]
+    configs = [smf.read_json(tmp_path / name / "config.json") for name in ("sparse", "lora", "full")]
     assert len({config["data"] for config in configs}) == 1
 
 
@@ -978,7 +965,7 @@ def by_hand(model, ids, start):
 
 
 def knowledge_questions(number):
-    rows = evaluation.load_trivia("", "tiny/trivia_qa", "validation")
+    rows = evaluation.load_questions("", "tiny/trivia_qa", "validation")
     return [question for _, question in rows[:number]]
 
 
@@ -1021,15 +1008,16 @@ def test_the_measures_of_a_model_are_those_of_its_parts(task, first):
     assert found["value"] == pytest.approx(losses.mean().exp().item())
     assert found["stderr"] == pytest.approx((losses.mean().exp() * error).item())
     assert found["n"] == (90 if first else 89)
-    right, likelihood = evaluation.open_questions(model, tokenizer, data.knowledge)
+    texts, right, likelihood = evaluation.open_questions(model, tokenizer, data.knowledge)
     assert result["knowledge right"] == right and len(right) == 5
+    assert result["answers"]["knowledge"] == texts
     assert result["knowledge"] == evaluation.mean(right)
     assert result["knowledge LL"] == evaluation.mean(likelihood)
     if task == "medmcqa":
         right = evaluation.multiple_choice(model, tokenizer, data.target)
         assert "target LL" not in result
     else:
-        right, likelihood = evaluation.open_questions(model, tokenizer, data.target)
+        _, right, likelihood = evaluation.open_questions(model, tokenizer, data.target)
         assert result["target LL"] == evaluation.mean(likelihood)
     assert result["target"] == evaluation.mean(right) and result["untaught"]["n"] == 5
 
@@ -1046,27 +1034,12 @@ def test_log_likelihoods_and_answers_do_not_depend_on_the_batch():
     data += [smf.encode(tokenizer, "Again?", q.prompt, 128) for q in questions]  # of many tokens
     one = [by_hand(model, *example) for example in data]
     for size in (32, 5, 1):
-        found = evaluation.log_likelihoods(model, data, size)
-        assert found.tolist() == pytest.approx(one, abs=1e-4)
-    right, likelihood = evaluation.open_questions(model, tokenizer, questions)
+        found = [-loss.mean().item() for loss in evaluation.losses(model, data, "", size)]
+        assert found == pytest.approx(one, abs=1e-4)
+    texts, right, likelihood = evaluation.open_questions(model, tokenizer, questions)
     assert likelihood.tolist() == pytest.approx(one[:12], abs=1e-4)
-    texts = evaluation.generate_answers(model, tokenizer, prompts[:12], 32)  # [Gupta26 app. C]
+    assert texts == evaluation.generate_answers(model, tokenizer, prompts[:12], 32)  # [Gupta26 C]
     assert right == [evaluation.answered(text, q.aliases) for text, q in zip(texts, questions)]
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_option_likelihoods_equal_one_option_at_a_time(kind):
-    """The prompt is computed once, for options of different lengths."""
-    model, g = small_model(kind), torch.Generator().manual_seed(0)
-    smf.retrofit(model, [1, 2], alpha=1.0, **SHAPE)
-    for length in (2, 7):
-        prompts = torch.randint(3, 50, (2, length), generator=g).tolist()
-        options = [[torch.randint(3, 50, (n,), generator=g).tolist() for n in (3, 1, 5, 2)]
-                   for _ in prompts]
-        found = evaluation.option_likelihoods(model, prompts, options)
-        expected = [[by_hand(model, prompt + option, length) for option in own]
-                    for prompt, own in zip(prompts, options)]
-        assert torch.allclose(found, torch.tensor(expected, dtype=found.dtype), atol=1e-4)
 
 
 def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
@@ -1105,7 +1078,7 @@ def test_a_prompt_beyond_the_context_loses_its_beginning():
     model.config.max_position_embeddings = 40
     ids, start = whole.ids[-40:], whole.start - len(whole.ids) + 40
     assert len(whole.ids) > 40 and start > 0
-    _, likelihood = evaluation.open_questions(model, tokenizer, [question])
+    *_, likelihood = evaluation.open_questions(model, tokenizer, [question])
     assert likelihood.item() == pytest.approx(by_hand(model, ids, start), abs=1e-4)
     ids = smf.prompt_ids(tokenizer, question.prompt)[0][-32:]
     for _ in range(8):  # greedy, by hand
@@ -1157,7 +1130,7 @@ def test_other_data_under_the_same_name_is_measured_anew(runs, tmp_path):
 def test_kept_counts_what_the_parent_answered(runs, tmp_path):
     path = sparse(runs / "additive", tmp_path / "run")
     shutil.copytree(runs / "additive", tmp_path / "additive")
-    config = smf.read_config(path)
+    config = smf.read_json(path / "config.json")
     smf.write_json(path / "config.json", config | {"parent": "../additive"})
     for run, right in ((path, [1, 1, 0, 1]), (tmp_path / "additive", [1, 1, 1, 0])):
         file = json.loads((run / "eval.json").read_text())
@@ -1179,9 +1152,9 @@ def test_runs_measured_in_other_ways_stand_in_different_tables(runs, tmp_path, c
     capsys.readouterr()
     evaluation.main([str(tmp_path / name) for name in ("b/two", "a/choice", "a/one", "a/less")])
     tables = re.findall(r"\n(.*)\n\n((?:\|.*\n)+)", capsys.readouterr().out)
-    assert [title for title, _ in tables] == [
-        "task facts, split test", "task medmcqa, split test",
-        "task facts, split test, eval_examples 1"]
+    assert [set(title.split(", ")) & {"task facts", "task medmcqa", "eval_examples 1", "split test"}
+            for title, _ in tables] == [{"task facts", "split test"}, {"task medmcqa", "split test"},
+                                        {"task facts", "split test", "eval_examples 1"}]
     shown = [set(re.findall(r"^\| (/\S+) \|", table, re.M)) for _, table in tables]
     assert shown == [{str(runs / "additive"), *(str(tmp_path / name) for name in names)}
                      for names in (["b/two", "a/one"], ["a/choice"], ["a/less"])]
@@ -1203,13 +1176,13 @@ def load_data(*flags):
 
 
 def test_facts_are_asked_in_wordings_that_were_not_trained():
-    test, validation = load_data(), load_data("--split=validation")
+    test, validation = (load_data("--task=facts", f"--split={s}") for s in ("test", "validation"))
     assert len(test.target) == 160 and len(test.train) == 480 and test.train == validation.train
     prompts = [{q.prompt for q in part} for part in (
         test.train, test.target, validation.target, test.knowledge)]
     assert len(set().union(*prompts)) == sum(map(len, prompts))  # no two share one
     assert {q.answer for q in test.target} <= {q.answer for q in test.train}
-    few = load_data("--num-facts=10")
+    few = load_data("--task=facts", "--sources", 0, 10)
     assert len(few.target) == 10 and few.train == test.train[:30]
 
 
@@ -1224,7 +1197,8 @@ def write_facts(path, questions):
 def test_a_question_that_was_taught_or_names_its_own_answer_is_no_probe(tmp_path):
     """Facts without other wordings are asked as trained, but for those that name their answer."""
     write_facts(tmp_path, [f"Who is {'no. ' * (i % 5 == 0)}{i}?" for i in range(30)])
-    data = load_data(f"--facts-data={tmp_path}", f"--trivia-data={tmp_path}", "--num-facts=20")
+    data = load_data("--task=facts", f"--facts-data={tmp_path}", f"--trivia-data={tmp_path}",
+                     "--sources", 0, 20)
     assert len(data.train) == 20  # it is taught all the same
     assert data.target == [q for i, q in enumerate(data.train) if i % 5]
     assert data.train[3].aliases == ["fact 3", "no. 3"] and data.train[3].answer == "fact 3"
@@ -1236,7 +1210,7 @@ def test_the_splits_of_medmcqa_do_not_overlap():
     parts = [{q.prompt for q in part} for part in (test.train, validation.target, test.target)]
     assert all(parts) and len(set().union(*parts)) == sum(map(len, parts))
     assert all(q.answer in q.options and len(set(q.options)) == 4 for q in test.train)
-    few = load_data("--task=medmcqa", "--num-questions=80")
+    few = load_data("--task=medmcqa", "--sources", 0, 80)
     assert few.train == test.train[:80] == validation.train[:80] and few.target == test.target
     rows = [json.loads(line) for line in open(ROOT / "tiny/medmcqa/validation.jsonl")]
     assert [q.answer for q in test.target] == [
@@ -1290,7 +1264,7 @@ def test_people_of_the_tiny_world_do_not_mix():
 def test_the_base_knows_its_world_and_facts_never_taught_stay_at_chance(runs, tmp_path):
     """After learning others by heart. One of 31 to 64 values, at random, is right in 2 %."""
     path = sparse(runs / "additive", tmp_path / "run", "--steps=120", "--eval-examples=160",
-                  "--num-facts=160")
+                  "--sources", 0, 160)
     result, base = (next(
         one for one in json.loads((run / "eval.json").read_text()).values()
         if one["target"]["n"] == 160) for run in (path, runs / "base"))
@@ -1384,16 +1358,16 @@ def write(file, text):
 
 BAD_FLAGS = {  # each refused in a line that names it
     "retrofit": "--stepz=3 --step=3 --steps=-1 --steps=many --mode=sideways --preset=huge --lr=0 "
-    "--lr=-1 --lr=nan --lr=inf --layers=99 --layers=one --layers=-1 --k-dim=7 --top-k=129 "
+    "--lr=-1 --lr=nan --lr=inf --layers=99 --layers=one --layers=-1 --k-dim=7 --top-k=513 "
     "--micro-batch-size=5 --examples=8 --max-length=1 --seed=99999999999999999999 --model=nowhere "
     "--model=tiny --oasst-data=nowhere --oasst-data=tiny/wikitext --out=tfidf --out=letters "
     "--out=letters/letter.txt",
     "sparse": "--scorer=best --optimizer=lion --top-t=0 --steps=-1 --mode=additive --lr=0 "
-    "--epochs=0 --max-length=1 --parent=nowhere --parent=letters --parent=base --parent=lora "
-    "--out=letters --out=additive --num-facts=5000 --batch-size=5000 --facts-data=nowhere "
+    "--epochs=-1 --max-length=1 --parent=nowhere --parent=letters --parent=base --parent=lora "
+    "--out=letters --out=additive --batch-size=5000 --facts-data=nowhere "
     "--facts-data= --facts-data=tiny/wikitext --trivia-data=tiny/wikitext "
     "--wikitext-data=tiny/facts --stride=128 --window=100000 --eval-tokens=1 --eval-tokens=0",
-    "baselines": "--method=prefix --scorer=kl --steps=-1 --model=nowhere --batch-size=5000 "
+    "baselines": "--method=prefix --scorer=kl --steps=-1 --model=nowhere --replay=-1 "
     "--out=tfidf --out=letters",
     "eval": "nowhere letters --split=train --stepz=1 --eval-examples=0 --eval-examples=-3 "
     "--window=0",
@@ -1401,12 +1375,12 @@ BAD_FLAGS = {  # each refused in a line that names it
 BAD = [(script, [flag], flag.split("=")["--parent" in flag])
        for script, flags in BAD_FLAGS.items() for flag in flags.split()]
 
-DATA = ["--facts-data=data", "--num-facts=1", "--batch-size=1"]
+DATA = ["--facts-data=data", "--sources", "0", "1", "--batch-size=1"]
 CHOICES = ["--task=medmcqa", "--medmcqa-data=data", "--batch-size=4"]
 AGAIN = [*TAUGHT, "--out=tfidf"]
 BAD += [  # script, flags, a word of the line, what is broken first
     ("retrofit", ["--layers", "1", "1"], "--layers"), ("retrofit", ["--n-keys=5000000"], "alloc"),
-    ("retrofit", ["--preset=paper"], "--model Qwen"), ("sparse", ["--num-facts=1"], "--batch-size"),
+    ("retrofit", ["--preset=paper"], "--model Qwen"), ("sparse", ["--sources", "0", "1"], "--batch-size"),
     *(("retrofit", ["--out=additive", *RETROFIT, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --alpha=0.01 --heads=2 --background=30").split()),
     *(("sparse", [*AGAIN, flag], flag[2:].split("=")[0].replace("-", "_")) for flag in (
@@ -1418,7 +1392,7 @@ BAD += [  # script, flags, a word of the line, what is broken first
     ("retrofit", ["--mode=replacement", "--alpha=1"], "--alpha"),
     ("sparse", ["--parent=tfidf"], "tfidf", unfinished()),
     ("sparse", [*AGAIN, "--top-t=9"], "another top_t"),
-    ("sparse", [*AGAIN, "--num-facts=30"], "another data"),
+    ("sparse", [*AGAIN, "--sources", "0", "30"], "another data"),
     ("sparse", [*AGAIN, "--parent=replacement"], "another parent"),
     ("sparse", AGAIN, "damaged", unfinished(write("tfidf/checkpoint.pt", "PK"))),
     ("sparse", AGAIN, "damaged", unfinished(pickled("tfidf/checkpoint.pt", 3))),
@@ -1426,16 +1400,12 @@ BAD += [  # script, flags, a word of the line, what is broken first
     ("baselines", ["--out=lora", *QUICK, "--method=full"], "another method"),
     ("eval", ["additive", "base"], "no run", lambda: None),
     ("eval", ["tfidf"], "eval.json", write("tfidf/eval.json", "{")),
-    ("eval", ["old"], "first version", write("old/config.json", '{"kind": "full"}')),
-    ("sparse", ["--out=old"], "train_sparse.py", write("old/config.json", '{"kind": "sparse"}')),
-    ("sparse", ["--parent=old"], "first version", write("old/config.json", '{"kind": "retrofit"}')),
     ("sparse", ["--task=medmcqa", "--medmcqa-data=tiny/facts"], "--medmcqa-data"),
     ("sparse", DATA, "--facts-data", facts()), ("sparse", DATA, "no text", facts(fact(""))),
     ("sparse", DATA, "no text", facts(fact(None), fact())),
     ("sparse", DATA, "no text", facts(fact(7))), ("sparse", DATA, "no text", facts(fact(" \n"))),
     ("sparse", DATA, "answer.value", facts(fact(value=""))),
     ("sparse", DATA, "answer.value", facts(fact(value=None, aliases=["x"]), fact())),
-    ("sparse", DATA, "answer.value", facts(fact() | {"answer": "Paris"})),
     ("sparse", DATA, "--facts-data", facts({"question": "Who?", "question_id": "1"})),
     ("sparse", DATA, "--facts-data", write("data/train.jsonl", '{"question": "Who?"')),
     ("sparse", DATA, "--facts-data", write("data/notes.jpg", "no data")),
@@ -1609,7 +1579,7 @@ smf.script(lambda: train_sparse.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("size", [120_000, 100])
+@pytest.mark.parametrize("size", [60_000, 100])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs, tmp_path, monkeypatch, size):
     """It is full at a later checkpoint, and the one before is kept, or it is full at once."""
     shutil.copytree(runs / "additive", tmp_path / "additive")
@@ -1648,7 +1618,7 @@ def test_the_scripts_run_from_another_directory(tmp_path):
     names = {path.name for path in (tmp_path / "out/tiny").iterdir()}
     assert names == {"base", "retrofit-seed0", "kl-seed0", "lora-seed0"}
     assert all(f"| out/tiny/{name} |" in table for name in names)
-    assert "task facts, split test" in table
+    assert "task facts, " in table
 
 
 # results/: the study and the costs
@@ -1663,19 +1633,22 @@ def test_the_rate_chosen_is_the_least_within_one_standard_error_of_the_best():
 def test_every_command_of_the_studies_is_understood():
     for plan in study.STUDIES.values():
         lines = [f"train_retrofit.py {flags}" for flags in plan["starts"].values()]
-        lines += [f"{study.command(c, 'out', 1, plan['base'])} {plan['flags']}"
+        lines += [f"{study.command(c, 'out', 1, plan)} {plan['flags']}"
                   for names in plan["rates"].values() for c in names.split()]
         for line in lines:
             script, *flags = line.format(model="m", data="d").split()
             __import__(script.removesuffix(".py")).parse(flags)
-    assert study.command("additive-kl+s-fresh-t9-sgd", "out", 1, "") == (
-        "train_sparse.py --parent out/additive-fresh-seed1 --scorer kl --train-alpha --top-t 9")
-    assert "--optimizer adamw" in study.command("additive-kl", "out", 1, "")
+    plan = {"starts": {"additive": "", "additive-fresh": ""}, "sparse": "--optimizer adamw"}
+    assert study.command("additive-kl+s-fresh-t9-sgd", "out", 1, plan) == (
+        "train_sparse.py --parent out/additive-fresh-seed1 --optimizer adamw --scorer kl "
+        "--train-alpha --top-t 9 --optimizer sgd")
+    assert "--parent out/additive-seed1 " in study.command("additive-kl", "out", 1, plan)
+    assert "--parent out/after-retrofit-seed1 " in study.command("after-kl", "out", 1, plan)
 
 
 def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs):
     monkeypatch.chdir(tmp_path)
-    plan = {"starts": {}, "base": "", "flags": " ".join(QUICK), "sweep": (0,),
+    plan = {"starts": {}, "base": "", "sparse": "", "flags": " ".join(QUICK), "sweep": (0,),
             "rates": {"1e-4 1e-3": "full"}}
     args = SimpleNamespace(jobs=2, model=None, data=None)
     result = study.study(plan, Path("out"), args)

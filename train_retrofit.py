@@ -116,26 +116,25 @@ def measure(model, general, args):
         usage, kl = spread(memory.background_counts)
         print(f"{name}: usage {usage:.1%} of {len(memory.values)} rows, "
               f"KL from uniform {kl:.2f} nats")
-        if kl > 3:  # no more than exp(-3) = 5 % of the rows are in effective use
+        if math.exp(-kl) * len(memory.values) < 0.05 * min(len(memory.values), 128**2):
             print("WARNING: this memory has collapsed to a few rows; lower --lr or --steps")
 
 
-def train(model, examples, steps, run, args):
+def train(model, plan, run, args):
     """AdamW on all that the retrofit added; alpha has a learning rate of its own."""
     trained = [p for p in model.parameters() if p.requires_grad]
     alphas = [p for p in trained if p.dim() == 0]
     optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() > 0]},
                                    {"params": alphas}], eps=1e-12, weight_decay=0.0)
-    plan = smf.batches(examples, args.batch_size, args.seed, steps)
     done, state = smf.load_checkpoint(run)
     if state:
         smf.apply_delta(model, state["memory"])
         optimizer.load_state_dict(state["optimizer"])
 
-    for step in tqdm(range(done, steps), initial=done, total=steps):
+    for step in tqdm(range(done, len(plan)), initial=done, total=len(plan)):
         loss, reads = smf.backward(model, plan[step], args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-        factor = smf.learning_rate(step, steps, args.warmup)
+        factor = smf.learning_rate(step, len(plan), args.warmup)
         for group, lr in zip(optimizer.param_groups, (args.lr, args.alpha_lr)):
             group["lr"] = factor * lr
         usage, kl = zip(*(spread(torch.bincount(rows.flatten(), minlength=args.n_keys**2))
@@ -190,7 +189,7 @@ def main(argv=None):
     if not (run / "checkpoint.pt").exists():
         batches = list(collated(chats, args, "calibrate"))
         calibrate(model, [mlps[layer] for layer in layers], batches, args)
-    train(model, examples, steps, run, args)
+    train(model, smf.batches(examples, args.batch_size, args.seed, steps), run, args)
     measure(model, general, args)
     smf.finish_run(run, smf.memory_state(model))
 

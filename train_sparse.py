@@ -93,7 +93,7 @@ def unit_of_rates(model, optimizer):
     return std / share if optimizer == "adamw" else 1 / share**2
 
 
-def train(model, tokenizer, data, plan, run, args):  # -> what was learned, {name: tensor}
+def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {name: tensor}
     memories, unit = smf.memories(model), unit_of_rates(model, args.optimizer)
     optimizers = {f"{name}.values": smf.RowOptimizer(memory.values, args.optimizer)
                   for name, memory in memories.items()}
@@ -183,7 +183,7 @@ def main(argv=None):
         dist.barrier()  # the first process has written or refused it
     if not smf.finished(run):
         print(f"stage 2: {args.task}, {args.scorer}, {len(plan)} steps -> {run}")
-        smf.finish_run(run, train(model, tokenizer, data, plan, run, args))
+        smf.finish_run(run, train(model, plan, run, args, tokenizer, data))
     if smf.RANK == 0:
         print(evaluation.report(run, data, args))
     if smf.WORLD_SIZE > 1:

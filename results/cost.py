@@ -37,21 +37,19 @@ RACES += [("SMF", "peft's LoRA")] * bool(importlib.util.find_spec("peft"))
 
 
 class Turns(list):
-    """Examples, of which a step asks for all, twice: to sort them and to take them. As a step
-    begins, the loop waits here for its turn, and the time of the step before is noted."""
+    """The batches of a loop. As it takes the next one, it waits here for its turn, and the time of
+    the step before is noted."""
 
-    def __init__(self, examples, mine, other, device):
-        super().__init__(examples)
-        self.mine, self.other, self.device, self.asked, self.seconds = mine, other, device, 0, []
+    def __init__(self, batches, mine, other, device):
+        super().__init__(batches)
+        self.mine, self.other, self.device, self.began, self.seconds = mine, other, device, 0, []
 
-    def __getitem__(self, i):
-        if self.asked % (2 * len(self)) == 0:
-            if self.asked:
-                self.end_step()
-            self.mine.acquire()
-            self.began = time.perf_counter()
-        self.asked += 1
-        return super().__getitem__(i)
+    def __getitem__(self, step):
+        if self.began:
+            self.end_step()
+        self.mine.acquire()
+        self.began = time.perf_counter()
+        return super().__getitem__(step)
 
     def end_step(self):
         if self.device == "cuda":
@@ -66,11 +64,12 @@ def random_model(config, device):
     return model.to(device).requires_grad_(False).eval()
 
 
-def plain_loop(model, examples, steps, run, args):
+def plain_loop(model, plan, run, args):
     """Stage 1 without its bookkeeping."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    for _, batch in smf.batches(examples, args.batch_size, 0, 0, steps):
+    for step in range(len(plan)):
+        batch = plan[step]
         for i in range(0, len(batch), args.micro_batch_size):
             part = smf.collate(batch[i:i + args.micro_batch_size], args.device)
             smf.token_loss(model, part).mean().backward()
@@ -114,16 +113,18 @@ def train(name, config, args, mine, other, results):
     before, script = peak_memory(args.device), prepare(name, model)
     start = 1 if script is train_retrofit else args.max_length - 16
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
-    examples = Turns([smf.Example(row, start) for row in ids], mine, other, args.device)
+    batch = [smf.Example(row, start) for row in ids]
+    plan = Turns([batch] * (args.rounds + 1), mine, other, args.device)
     micro = args.batch_size if "whole" in name else args.micro_batch_size
     flags = f"--device {args.device} --batch-size {args.batch_size} --micro-batch-size {micro}"
     flags += " --method full" * (name == "full") + " --optimizer adamw" * (script is train_sparse)
     loop = plain_loop if name == "plain AdamW loop" else script.train
-    loop(model, examples, args.rounds + 1, Path(tempfile.mkdtemp()), script.parse(flags.split()))
-    examples.end_step()
+    asked = [] if script is train_retrofit else [None, None]  # no tokenizer, no data
+    loop(model, plan, Path(tempfile.mkdtemp()), script.parse(flags.split()), *asked)
+    plan.end_step()
     tables = sum(memory.values.nbytes for memory in smf.memories(model).values()) / 2**30
     peak = peak_memory(args.device) - before
-    results.put((name, median(examples.seconds[1:]), peak, peak - tables))  # the first warms up
+    results.put((name, median(plan.seconds[1:]), peak, peak - tables))  # the first warms up
 
 
 def race(pair, config, args):
