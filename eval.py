@@ -102,7 +102,7 @@ def load_questions(flag, name, split, told=False):
     for number, row in enumerate(smf.load_rows(flag, name, split, columns, ("source", more)), 1):
         answer = row["text"] if told else row["answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
-        prompt, value = row.get("prompt" if told else "question"), str(answer.get("value") or "")
+        prompt, value = row.get("prompt" if told else "question"), str(answer.get("value") or "").strip()
         source = row.get("source", row.get("question_id"))
         if not is_text(value) or not is_text(prompt) and not (told and prompt is None) or (
                 "source" in row and source in (None, "")):
@@ -197,6 +197,8 @@ def training_plan(model, tokenizer, data, args):
         sources = {}  # {source: its rewordings}
         for q, example in zip(data.train, examples):
             sources.setdefault(q.source, []).append(example)
+        if min(map(len, sources.values())) < smf.WORLD_SIZE:
+            raise smf.BadInput("torchrun: a source has fewer rewordings than there are processes")
         plan = smf.stream_batches(list(sources.values()), args.batch_size, args.passes)[:args.steps]
     elif len(examples) < args.batch_size:
         raise smf.BadInput(f"--batch-size {args.batch_size}: only {len(examples)} to learn")

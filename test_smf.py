@@ -249,6 +249,15 @@ def test_the_scorers_are_pure_and_equal_to_numbers_by_hand():
     assert counts.tolist() == [2, 1, 0, 1] and background.tolist() == [9, 0, 3, 4]
 
 
+def test_the_entropy_of_reads_orders_rows_as_their_counts_do():
+    """Another score that is proposed: -p log p rises with p below 1/e. So it is the control count,
+    unless a row gets more than a third of all reads."""
+    p = torch.randint(1, 1000, (300,), generator=torch.Generator().manual_seed(0)).double()
+    p = p / p.sum()
+    assert p.max() < 1 / math.e and torch.equal(p.argsort(stable=True),
+                                                torch.special.entr(p).argsort(stable=True))
+
+
 SCORES = {
     "tfidf": lambda memory, counts: smf.tfidf_scores(counts, memory.doc_freq, memory.num_batches),
     "kl": lambda memory, counts: smf.kl_scores(counts, memory.background_counts),
@@ -273,6 +282,17 @@ def test_each_scorer_of_the_command_line_selects_its_own_best_rows(runs, tmp_pat
         others = [smf.top_rows(score(memory, counts), counts, t) for score in SCORES.values()]
         same = sum(torch.equal(expected, other) for other in others)
         assert same == (4 if scorer == "all" else 1)  # so they can be told apart
+
+
+def test_the_gradient_scorer_takes_the_rows_of_the_largest_gradient(runs, tmp_path):
+    flags = ["--scorer=gradient", "--top-t=20", "--steps=1"]
+    found = delta(sparse(runs / "additive", tmp_path / "run", *flags))
+    (model, tokenizer), args = smf.load(runs / "additive"), train_sparse.parse(QUICK)
+    tables = {name: memory.values.requires_grad_() for name, memory in smf.memories(model).items()}
+    library_loss(model, batches_of(model, tokenizer, args)[0]).backward()
+    for name, values in tables.items():  # autograd's own gradient of the whole table
+        best = values.grad.norm(dim=1).argsort(descending=True)[:20]
+        assert set(found[f"{name}.values:rows"].tolist()) == set(best.tolist())
 
 
 def test_random_rows_are_drawn_anew_at_every_step_and_seed():
@@ -372,6 +392,15 @@ def test_moments_are_lazy_as_with_one_torch_optimizer_per_row(size, kind, refere
     assert torch.allclose(values, torch.stack([p.detach() for p in single]), atol=1e-6)
 
 
+def test_the_state_of_rows_grows_by_doubling_so_a_step_does_not_slow_down():
+    optimizer, moves = smf.RowOptimizer(torch.zeros(1000, 2), "adamw"), 0
+    for row in range(1000):
+        before = optimizer.m.data_ptr()
+        optimizer.step(torch.tensor([row]), torch.ones(1, 2), 1.0)
+        moves += optimizer.m.data_ptr() != before
+    assert moves <= 11 and optimizer.state_dict()["rows"].tolist() == list(range(1000))
+
+
 # Invariants 7, 9, 10, 11: the loop, on the embedded model
 
 def same_update(run, other, parent):
@@ -399,9 +428,10 @@ def test_micro_batches_change_nothing(runs, tmp_path, flags):
     assert same_update(tmp_path / "16", tmp_path / "1", runs / "additive")
 
 
-def test_two_processes_are_one_batch(runs, tmp_path):
+@pytest.mark.parametrize("task", ["facts", "stream"])
+def test_two_processes_are_one_batch(runs, tmp_path, task):
     flags = [f"--parent={runs / 'additive'}", "--scorer=kl", "--train-alpha", "--lr=0.01", *QUICK,
-             "--steps=3", "--micro-batch-size=4", "--save-every=1"]
+             f"--task={task}", "--steps=3", "--micro-batch-size=4", "--save-every=1"]
     run(train_sparse, *flags, f"--out={tmp_path / 'one'}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "train_sparse.py"), *flags, f"--out={tmp_path / 'two'}"]
@@ -502,7 +532,8 @@ print(died)
 
 @pytest.mark.parametrize("name, flags", [
     ("sparse", ["--parent=additive", "--train-alpha", "--optimizer=adamw", *QUICK]),
-    ("retrofit", [*RETROFIT, "--lr=0.01"]), ("lora", ["--method=lora", *QUICK])])
+    ("retrofit", [*RETROFIT, "--lr=0.01"]), ("lora", ["--method=lora", *QUICK]),
+    ("sparse", ["--parent=additive", *QUICK, "--task=stream", "--passes=2", "--ask-every=1"])])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(runs, tmp_path, monkeypatch, name, flags):
     shutil.copytree(runs / "additive", tmp_path / "additive")
     monkeypatch.chdir(tmp_path)
@@ -899,25 +930,33 @@ def test_merged_lora_equals_unmerged(runs):
     assert not torch.allclose(merged, base, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_baseline_is_a_plain_adamw_loop(runs, method):
-    """The library's own loss, the whole batch at once, AdamW without weight decay, clipping."""
+@pytest.mark.parametrize("method, more", [
+    ("lora", []), ("full", []), ("full", ["--optimizer=sgd", "--replay=3", "--task=stream"])])
+def test_a_baseline_is_a_plain_loop(runs, tmp_path, method, more):
+    """The library's own loss, the whole batch at once, no weight decay, clipping; with --replay R
+    the next R general chats in each batch."""
     model, tokenizer = smf.load_base("tiny/model")
-    plan = batches_of(model, tokenizer, baselines.parse([f"--method={method}", *QUICK]))
+    args, ended = baselines.parse([f"--method={method}", *QUICK, *more]), runs / method
+    plan = batches_of(model, tokenizer, args)
+    if more:
+        run(baselines, f"--method={method}", *QUICK, *more, f"--out={tmp_path / 'run'}")
+        chats, ended = train_retrofit.general_chats(args), tmp_path / "run"
+        plan = [batch + [smf.encode(tokenizer, *chat, 128) for chat in chats[3 * i:3 * i + 3]]
+                for i, batch in enumerate(plan)]
     torch.manual_seed(0)
     baselines.add_lora(model) if method == "lora" else model.requires_grad_(True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    optimizer = (torch.optim.SGD if more else torch.optim.AdamW)(trained.values(), weight_decay=0.0)
     for step, batch in enumerate(plan):
         torch.manual_seed(step)  # of dropout
         library_loss(model, batch).backward()
         assert torch.nn.utils.clip_grad_norm_(trained.values(), 1.0) > 1.0
-        lr = baselines.LEARNING_RATE["tiny"][method] * min(1, (step + 1) / 11)
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / 6))
+        lr = args.lr * min(1, (step + 1) / 11) * 0.5 * (1 + math.cos(math.pi * step / 6))
+        optimizer.param_groups[0]["lr"] = args.lr if more else lr  # a stream's rate is constant
         optimizer.step()
         optimizer.zero_grad()
-    ended = delta(runs / method)
+    ended = delta(ended)
     assert len(ended) == len(trained)
     for name, tensor in trained.items():
         found = ended[re.sub(r"\.([AB])$", r".weight:\1", name)] / (2 if name[-2:] == ".B" else 1)
@@ -1247,6 +1286,118 @@ def test_an_example_too_long_keeps_its_answer():
     assert scored.ids + [tokenizer.eos_token_id] == whole.ids
 
 
+def stream(path, texts=("A.", "B.", "C."), questions=None, **columns):
+    """A stream of these texts, and a test split that asks them."""
+    write_rows(path / "train.jsonl", [{"text": text, **{c: v[i] for c, v in columns.items()}}
+                                      for i, text in enumerate(texts)])
+    if questions:
+        write_rows(path / "test.jsonl", questions)
+    return path
+
+
+def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path):
+    data = stream(tmp_path, ["A.", "B.", "C.", "D."], source=["x", 7, "x", "z"],
+                  prompt=[None, "Say B.", None, None], questions=[
+                      {"question": f"{s}?", "answer": f"{i}", "source": s}
+                      for i, s in enumerate(("z", "x", 7))])
+    found = load_data(f"--stream-data={data}")
+    assert [q.source for q in found.train] == [0, 1, 0, 2] and found.train[1].prompt == "Say B."
+    assert [(q.answer, q.source) for q in found.target] == [("0", 2), ("1", 0), ("2", 1)]
+    (model, tokenizer), args = smf.load_base("tiny/model"), train_sparse.parse([
+        f"--stream-data={data}", "--passes=1", "--batch-size=1"])
+    plan, _ = evaluation.training_plan(model, tokenizer, found, args)
+    assert [tokenizer.decode(b[0].ids) for b in plan] == [
+        "A.", "<|user|>Say B.<|assistant|> B.<|end|>", "D."]  # a plain text has no end
+    assert [b[0].start for b in plan[::2]] == [1, 1]
+    later = load_data(f"--stream-data={data}", "--sources", 1, 2)  # and what came before is asked
+    assert [q.answer for q in later.train] == ["B."]
+    assert {q.source for q in later.target} == {0, 1}
+
+
+def test_notes_in_a_txt_and_questions_in_a_csv_are_a_stream(tmp_path):
+    write_rows(tmp_path / "notes/train.txt.bak", ["old"])
+    (tmp_path / "notes/train.txt").write_text("The shop opens\nat nine.\n\n\nIt has a cat.\n")
+    (tmp_path / "notes/test.csv").write_text("question,answer,source\nWhen?,9,1\nWhat?,NA,2\n")
+    data = load_data(f"--stream-data={tmp_path / 'notes'}")
+    assert [q.answer for q in data.train] == ["The shop opens\nat nine.", "It has a cat."]
+    assert [(q.prompt, q.answer, q.source) for q in data.target] == [
+        ("When?", "9", 0), ("What?", "NA", 1)]
+    data = load_data(f"--stream-data={tmp_path / 'notes/train.txt'}")  # without questions
+    assert len(data.train) == 2 and data.target == []
+
+
+def test_the_oldest_and_the_newest_quarter_are_of_the_sources():
+    def ask(*sources):
+        return [evaluation.Question("?", "!", source=source) for source in sources]
+
+    found = evaluation.quarters(ask(7, 0, 1, 2, 5, 6, None), [1, 1, 0, 0, 0, 0, 1])
+    assert (found["oldest"]["value"], found["oldest"]["n"]) == (0.5, 2)
+    assert (found["newest"]["value"], found["newest"]["n"]) == (0.5, 2)
+    assert evaluation.quarters(ask(None), [1]) == {}
+
+
+def test_asking_along_a_stream_changes_nothing_and_asks_what_was_told(runs, tmp_path):
+    flags = ["--task=stream", "--passes=2", "--steps=5", "--lr=1", "--eval-examples=30"]
+    for script, more in ((train_sparse, [f"--parent={runs / 'additive'}"]), (baselines, [])):
+        for name in ("asked", "not"):
+            out = tmp_path / script.__name__ / name
+            run(script, *more, *QUICK, *flags, *["--ask-every=1"] * (name == "asked"),
+                f"--out={out}")
+        one, two = delta(out.parent / "asked"), delta(out.parent / "not")
+        assert all(torch.equal(one[name], two[name]) for name in two)
+        lines = metrics(out.parent / "asked")
+        assert ["recall" in line for line in lines] == [False, False, True, False, True]
+        assert ["old" in line for line in lines] == [True, False, True, False, True]
+    (model, tokenizer), args = smf.load(runs / "additive"), train_sparse.parse([*QUICK, *flags])
+    assert lines[0]["old"] == evaluation.mean(evaluation.open_questions(
+        smf.load_base("tiny/model")[0], tokenizer, evaluation.load_data(args).knowledge)[1])["value"]
+
+
+def test_four_days_are_a_chain_of_runs_and_the_last_one_can_be_undone(runs, tmp_path, capsys):
+    parent, flags = runs / "additive", ["--task=stream", "--steps=40", "--lr=0.3", "--split=test"]
+    for day in range(4):
+        out = tmp_path / f"day{day}"
+        sparse(parent, out, *flags, "--eval-examples=99", "--sources", 2 * day, 2 * day + 2)
+        if day == 2:
+            third = state_of(smf.load(out)[0])
+        parent = out
+    table = capsys.readouterr().out.split("| run |")[-1]
+    assert [f"day{day} |" in table for day in range(4)] == [True] * 4
+    recall = [float(line.split("|")[2].split()[0]) for line in table.splitlines()[4:]]
+    assert recall[0] <= 0.25 and recall == sorted(recall) and recall[3] >= 0.75  # of all eight
+    again = smf.load(tmp_path / "day2")[0].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in third.items())
+    rewrite(tmp_path / "day1/delta.safetensors", lambda tensors: tensors.popitem())
+    assert "day1" in refused(capsys, evaluation, tmp_path / "day3", "--ask=Who?")
+    shutil.rmtree(tmp_path / "day1")
+    assert "day1" in refused(capsys, evaluation, tmp_path / "day3", "--ask=Who?")
+
+
+def test_a_question_is_answered_by_all_that_a_run_is_based_on(runs, capsys):
+    question = knowledge_questions(1)[0]
+    evaluation.main([str(runs / "tfidf"), f"--ask={question.prompt}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert question.prompt in lines[0] and len(lines) == 5
+    assert [question.answer in line for line in lines[2:4]] == [True, True]  # base, additive
+
+
+def test_a_stream_without_questions_is_measured_by_its_own_likelihood(runs, tmp_path):
+    data = stream(tmp_path / "data", [f"Nuto Lilton comes from Tarville {i}." for i in range(3)])
+    path = sparse(runs / "additive", tmp_path / "run", "--task=stream", f"--stream-data={data}",
+                  "--lr=1", "--sources", 0, 3)
+    values = [next(v for k, v in json.loads((run / "eval.json").read_text()).items()
+                   if str(data) in k)["target LL"]["value"] for run in (runs / "additive", path)]
+    assert values[1] > values[0] + 0.5
+
+
+def test_the_background_can_be_other_text(tmp_path):
+    data = stream(tmp_path / "data", ["A poet.", "A baker.", None], prompt=["Who?", None, None])
+    run(train_retrofit, *RETROFIT, "--steps=0", f"--background-data={data}",
+        f"--out={tmp_path / 'run'}")
+    found = delta(tmp_path / "run")["model.layers.1.mlp.memory.num_batches"]
+    assert found == 2
+
+
 def test_people_of_the_tiny_world_do_not_mix():
     """The new, the never taught, and those of the probes: none of them is in the chats."""
     def names(path):
@@ -1255,6 +1406,9 @@ def test_people_of_the_tiny_world_do_not_mix():
 
     groups = [names(path) for path in ("facts/train", "untaught/test", "trivia_qa/validation",
                                        "oasst1/train")]
+    told = [names(f"{stream}/{split}") for stream in ("stream", "documents")
+            for split in ("train", "validation", "test")]
+    assert told == [groups[0]] * 6
     assert [len(group) for group in groups] == [40, 40, 500, 1500]
     assert sum(map(len, groups)) == len(set().union(*groups))
     assert names("facts/test") == names("facts/validation") == groups[0]
@@ -1311,8 +1465,9 @@ SCRIPTS = {"retrofit": train_retrofit, "sparse": train_sparse, "baselines": base
 TAUGHT = ["--parent=additive", "--top-t=20", *QUICK]  # the flags of the run tfidf, but for --out
 
 
-def fact(question="Who?", value="a poet", **answer):
-    return {"question": question, "question_id": "1", "answer": {"value": value, **answer}}
+def fact(question="Who?", value="a poet", aliases=(), **more):
+    return {"question": question, "question_id": "1",
+            "answer": {"value": value, "aliases": aliases}, **more}
 
 
 def choice(cop=1, **more):
@@ -1376,6 +1531,7 @@ BAD = [(script, [flag], flag.split("=")["--parent" in flag])
        for script, flags in BAD_FLAGS.items() for flag in flags.split()]
 
 DATA = ["--facts-data=data", "--sources", "0", "1", "--batch-size=1"]
+STREAM = ["--task=stream", "--stream-data=data", "--sources", "0", "1"]
 CHOICES = ["--task=medmcqa", "--medmcqa-data=data", "--batch-size=4"]
 AGAIN = [*TAUGHT, "--out=tfidf"]
 BAD += [  # script, flags, a word of the line, what is broken first
@@ -1410,6 +1566,17 @@ BAD += [  # script, flags, a word of the line, what is broken first
     ("sparse", DATA, "--facts-data", write("data/train.jsonl", '{"question": "Who?"')),
     ("sparse", DATA, "--facts-data", write("data/notes.jpg", "no data")),
     ("sparse", DATA, "no question", facts(fact("Is it a poet?"))),
+    *(("sparse", STREAM, word, lambda rows=rows, more=more: stream(Path("data"), *rows, **more))
+      for word, rows, more in (
+        ("row 2", [["A.", " "]], {}), ("row 2", [["A.", None]], {}),
+        ("row 6000", [["A."] * 5999 + [""] + ["A."] * 4000], {}),
+        ("row 1", [["A.", "B."]], {"source": [None, "x"]}),
+        ("row 2", [["A.", "B."]], {"prompt": ["Say.", ""]}),
+        ("source y", [["A."]], {"source": ["x"], "questions": [fact(source="y")]}),
+        ("row 1 of test", [["A."]], {"source": ["x"], "questions": [fact(source=None)]}))),
+    ("sparse", [*STREAM, "--sources", "0", "9"], "--sources", lambda: stream(Path("data"))),
+    ("sparse", ["--task=stream", "--stream-data=nowhere"], "--stream-data"),
+    ("sparse", ["--task=stream", "--preset=paper"], "--stream-data"),
     *(("sparse", CHOICES, "--medmcqa-data", choices(row)) for row in (
         choice(cop=7), choice(cop=-1), choice(cop=None), choice(cop=1.5), choice(cop="b"),
         choice(opb=None), choice(question=None))),
@@ -1494,6 +1661,7 @@ def test_a_foreign_directory_named_base_beside_a_run_is_left_alone(runs, tmp_pat
 
 LONG = "Who? " * 9000
 GOOD = [  # odd but good
+    ("sparse", STREAM, lambda: stream(Path("data"), [LONG, "B."], source=["x", 3])),
     ("sparse", DATA, facts(fact("Who? <|end|> \u0000 \U0001f600", aliases=["", None]))),
     ("sparse", DATA, facts(fact(), fact("And who?"), fact(LONG, LONG))),
     ("sparse", CHOICES, choices(choice(opd="", question=LONG, opa=LONG))),

@@ -54,19 +54,19 @@ SMOLLM2 = {  # {rates: conditions}
 FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
          "replay8": "--replay 8", "documents": "--stream-data tiny/documents"}
 FLAGS |= {word: f"--scorer {word}" for word in ("tfidf", "kl", "gradient", "count", "random", "all")}
-SCORERS = [f"{scorer}-n512" for scorer in ("tfidf", "kl", "gradient", "count", "random")]
-SIZES = [f"{scorer}-n128" for scorer in ("tfidf", "kl", "gradient", "count", "random")]
+SCORERS = ("tfidf", "kl", "gradient", "count", "random")
 STREAM = {  # {rates: conditions}
-    "0.03 0.1 0.3": [f"additive-{name}-t500" for name in (
-        *SCORERS, *SIZES, "tfidf-n1024", "tfidf-n512-retrofit", "tfidf-n512-told",
-        "tfidf-n512-asked")] + ["additive-all-n128", "additive-all-n512"],
-    "0.1 0.3 1": [f"additive-{name}-t50" for name in (
-        *SCORERS, *SIZES, "tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked")]
-    + [f"additive-tfidf-n512-{t}-documents" for t in ("t500", "t10000")] + ["replacement-tfidf"],
-    "0.006 0.02 0.06": ["additive-tfidf-n512-t500-adamw"],
-    "1e-4 3e-4 1e-3": ["full", "full-documents"],
-    "3e-4 1e-3 3e-3": ["full-replay8", "lora", "lora-replay8", "lora-documents"],
-    "0.03 0.1 0.3 ": ["full-sgd", "full-sgd-replay8"], "0.1 0.3 1 ": ["lora-sgd", "lora-sgd-replay8"]}
+    "0.03 0.1 0.3": "additive-all-n128 additive-all-n512 " + " ".join(
+        f"additive-{name}-t500" for name in (*(f"{scorer}-n512" for scorer in SCORERS), *(
+            f"tfidf-{word}" for word in (
+                "n128", "n1024", "n512-retrofit", "n512-told", "n512-asked")))),
+    "0.1 0.3 1": "replacement-tfidf additive-tfidf-n512-t500-documents "
+    "additive-tfidf-n512-t10000-documents " + " ".join(
+        f"additive-{name}-t50" for name in (*(f"{scorer}-{n}" for scorer in SCORERS for n in (
+            "n128", "n512")), "tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked")),
+    "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw", "1e-4 3e-4 1e-3": "full full-documents",
+    "3e-4 1e-3 3e-3": "full-replay8 lora lora-replay8 lora-documents",
+    "0.03 0.1 0.3 ": "full-sgd full-sgd-replay8", "0.1 0.3 1 ": "lora-sgd lora-sgd-replay8"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
 STUDIES = {
@@ -75,7 +75,7 @@ STUDIES = {
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"},
-        rates={rates: " ".join(names) for rates, names in STREAM.items()}),
+        rates=STREAM),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
