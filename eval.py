@@ -5,14 +5,13 @@
     python eval.py RUN_DIR --ask "Where was Nuto Lilton born?"   # by all runs that it is based on
 
 A run is measured on the task and data that it was made with (the flags in its config.json), unless
-a flag says otherwise. Measures and answers stay in its eval.json, and are read from there the next
-time. The measures are, +- standard error:
+a flag says otherwise. What was measured stays in its eval.json. The measures, +- standard error:
 
   target      share of the questions about what was taught that are answered (greedy, any alias);
               medmcqa: share of questions whose right option has the highest mean log-likelihood
   oldest      of a stream: target of the first quarter of what was told; newest: of the last
   target LL   mean log-likelihood of a token of the answer (of a stream's texts, if none is asked)
-  untaught    share of facts recalled that no run is taught: chance, or the target leaks
+  untaught    target of facts that no run is taught: chance, or the target leaks
   perplexity  of general text, every token scored once, in a sliding window
   knowledge   share of other questions, never taught, that are answered; LL as above;
               kept: of those that the run's parent answered, the share that still is"""
@@ -90,27 +89,23 @@ class Data(NamedTuple):
     text: str  # general text, for the perplexity
 
 
-def is_text(value):
-    return isinstance(value, str) and bool(value.strip())
-
-
 def load_questions(flag, name, split, told=False):
     """Rows in TriviaQA's layout, or with a plain answer; or, told, of a stream: texts, some with a
     prompt -> [(id, Question)], id: the source, else the question_id, else None."""
-    columns, more = (("text",), "prompt") if told else (("question", "answer"), "question_id")
-    questions = []
-    for number, row in enumerate(smf.load_rows(flag, name, split, columns, ("source", more)), 1):
-        answer = row["text"] if told else row["answer"]
+    columns, questions = ("text",) if told else ("question", "answer"), []
+    rows = smf.load_rows(flag, name, split, columns, ("prompt", "source", "question_id"))
+    for number, row in enumerate(rows, 1):
+        answer = row["text" if told else "answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
-        prompt, value = row.get("prompt" if told else "question"), str(answer.get("value") or "").strip()
-        source = row.get("source", row.get("question_id"))
-        if not is_text(value) or not is_text(prompt) and not (told and prompt is None) or (
-                "source" in row and source in (None, "")):
+        prompt, value = row.get("prompt" if told else "question"), str(answer.get("value") or "")
+        source, none = row.get("source", row.get("question_id")), told and prompt is None
+        if not (value.strip() and (none or isinstance(prompt, str) and prompt.strip()) and
+                (source not in (None, "") or "source" not in row)):
             raise smf.BadInput(f"{flag} {name}: row {number} of {split} has no text, or no answer "
                                f"(answer.value), or no source; give it, or remove the row")
-        aliases = [value, *filter(is_text, answer.get("aliases") or [])]
+        aliases = [value, *filter(None, answer.get("aliases") or [])]
         questions.append((source if source is None else str(source),
-                          Question(prompt, value, aliases)))
+                          Question(prompt, value.strip(), aliases)))
     return questions
 
 
@@ -148,16 +143,15 @@ def load_medmcqa(args):
     Asked is the validation split of the data set, as in the paper; for --split validation, an
     eighth of the training rows, at most 1000, that is never trained on."""
     flag, columns = "--medmcqa-data", ("question", "opa", "opb", "opc", "opd", "cop")
-    rows = smf.load_rows(flag, args.medmcqa_data, "train", columns).shuffle(seed=0)
-    held_out = min(1000, len(rows) // 8)
-    first, end = args.sources or (0, len(rows))
-    train = rows.select(range(min(held_out + first, len(rows)), min(held_out + end, len(rows))))
-    target = rows.select(range(held_out)) if args.split == "validation" else smf.load_rows(
-        flag, args.medmcqa_data, "validation", columns)
+    rows = list(smf.load_rows(flag, args.medmcqa_data, "train", columns).shuffle(seed=0))
+    held_out, (first, end) = min(1000, len(rows) // 8), args.sources or (0, None)
+    train, target = rows[held_out:][first:end], rows[:held_out]
+    if args.split == "test":
+        target = smf.load_rows(flag, args.medmcqa_data, "validation", columns)
 
     def question(row):
         options = [f"{letter}. {row[name]}" for letter, name in zip("ABCD", columns[1:])]
-        text = is_text(row["question"]) and all(isinstance(row[o], str) for o in columns[1:5])
+        text = row["question"] and all(isinstance(row[column], str) for column in columns[:5])
         if not text or type(row["cop"]) is not int or row["cop"] not in range(4):
             raise smf.BadInput(f"{flag} {args.medmcqa_data}: {row}: give four options as text, and "
                                f"in cop the index of the right one, 0 to 3")
@@ -171,12 +165,13 @@ def load_data(args):
     """All that a run learns from and is measured on -> Data. A question that names its own answer
     is not asked, for to repeat it would count as right. Refuses what cannot be measured."""
     train, target = load_medmcqa(args) if args.task == "medmcqa" else load_sources(args)
-    knowledge = load_questions("--trivia-data", args.trivia_data, "validation")
-    untaught = load_questions("--untaught-data", args.untaught_data, "test"
-                              ) if args.untaught_data else []
     taught = {q.prompt for q in train + target}
-    asked = [[q for q in part if not answered(q.prompt, q.aliases)][:args.eval_examples] for part in
-             (target, [q for _, q in knowledge if q.prompt not in taught], [q for _, q in untaught])]
+    knowledge = [q for _, q in load_questions("--trivia-data", args.trivia_data, "validation")
+                 if q.prompt not in taught]
+    untaught = [q for _, q in load_questions("--untaught-data", args.untaught_data, "test")
+                ] if args.untaught_data else []
+    asked = [[q for q in part if not answered(q.prompt, q.aliases)][:args.eval_examples]
+             for part in (target, knowledge, untaught)]
     rows = smf.load_rows("--wikitext-data", args.wikitext_data, "test", ("text",))
     text = "\n\n".join(text or "" for text in rows["text"])
     if not (asked[0] or args.task == "stream") or not asked[1] or not text.strip():
@@ -213,21 +208,20 @@ def training_plan(model, tokenizer, data, args):
 
 
 def by_length(examples, size, label):
-    """(indices, Examples) in batches of similar length, the longest first."""
+    """The indices of Examples, those of similar length together, the longest first."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     for i in tqdm(range(0, len(order), size), label, leave=False):
-        yield order[i:i + size], [examples[j] for j in order[i:i + size]]
+        yield order[i:i + size]
 
 
 @torch.no_grad()
 def losses(model, examples, label, size=32):
     """-log p of the target tokens of each Example -> a list of float64 tensors (targets,)."""
     found = [None] * len(examples)
-    for indices, part in by_length(examples, size, label):
-        batch = smf.collate(part, model.device)
-        loss, target = smf.token_loss(model, batch).double(), batch["targets"] != -100  # (B, P)
-        for b, i in enumerate(indices):
-            found[i] = loss[b, target[b]].cpu()  # (targets,)
+    for indices in by_length(examples, size, label):
+        batch = smf.collate([examples[i] for i in indices], model.device)
+        for i, loss, target in zip(indices, smf.token_loss(model, batch), batch["targets"]):
+            found[i] = loss[target != -100].double().cpu()
     return found
 
 
@@ -249,20 +243,19 @@ def token_losses(model, tokens, window, stride, first):
 @torch.no_grad()
 def generate_answers(model, tokenizer, prompts, max_new_tokens=32, size=64):
     """Greedy continuations of the prompts, as text."""
-    end = tokenizer.eos_token_id
+    end, texts = tokenizer.eos_token_id, {}
     model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False,
                                                eos_token_id=end, pad_token_id=end)
     room = context_length(model) - max_new_tokens
     examples = [smf.Example(smf.prompt_ids(tokenizer, prompt)[0][-room:], 0) for prompt in prompts]
-    texts = [""] * len(prompts)
-    for indices, batch in by_length(examples, size, "answers"):
-        T = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([[end] * (T - len(ids)) + ids for ids, _ in batch])  # (B, T) left-padded
-        mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids, _ in batch])
-        new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))[:, T:]
-        for i, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True)):
-            texts[i] = text
-    return texts
+    for indices in by_length(examples, size, "answers"):
+        T = len(examples[indices[0]].ids)
+        pads = [T - len(examples[i].ids) for i in indices]  # on the left
+        ids = torch.tensor([[end] * n + examples[i].ids for i, n in zip(indices, pads)])  # (B, T)
+        mask = torch.arange(T) >= torch.tensor(pads)[:, None]  # (B, T)
+        new = model.generate(ids.to(model.device), attention_mask=mask.to(ids).to(model.device))
+        texts |= zip(indices, tokenizer.batch_decode(new[:, T:], skip_special_tokens=True))
+    return [texts[i] for i in range(len(prompts))]
 
 
 def context_length(model):
@@ -309,8 +302,8 @@ def quarters(questions, right):
     end = 1 + max((q.source for q in questions if q.source is not None), default=0)
     n, found = -(-end // 4), {}
     for name, part in (("oldest", range(n)), ("newest", range(end - n, end))):
-        if any(q.source in part for q in questions):
-            found[name] = mean([r for q, r in zip(questions, right) if q.source in part])
+        if own := [r for q, r in zip(questions, right) if q.source in part]:
+            found[name] = mean(own)
     return found
 
 
@@ -324,10 +317,10 @@ def evaluate(model, tokenizer, data, args):
         elif questions:
             answers[name], right, likelihood = open_questions(model, tokenizer, questions)
             result[name], result[f"{name} LL"] = mean(right), mean(likelihood)
-            result |= quarters(questions, right) if args.task == "stream" and name == "target" else {}
-    if not data.target:
-        told = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
-        result["target LL"] = mean(log_likelihoods(model, told))
+        if name == "target" and args.task == "stream":
+            told = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
+            result |= quarters(questions, right) if questions else {
+                "target LL": mean(log_likelihoods(model, told))}
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
     first = smf.prompt_ids(tokenizer, None)[0]
     loss = mean(token_losses(model, tokens, args.window, args.stride, first))
