@@ -418,7 +418,7 @@ def report(run, data, args):
     before, after = (evaluate_run(part, data, args)["answers"] for part in (chain[0], run))
     for name in after:
         questions = getattr(data, name)
-        for i in range(0, len(questions), len(questions) // 4 + 1):  # four of them
+        for i in range(0, len(questions), -(-len(questions) // 4)):  # four of them
             shown[questions[i].prompt] = {"measure": name, "before": before[name][i],
                                           "after": after[name][i], "right": questions[i].answer}
     return f"{table(shown, 'question')}\n\n{table(rows)}"

@@ -307,14 +307,8 @@ class RowOptimizer:
         self.values[self.rows] = state["values"]
 
 
-# 6. Runs. A run is what it changed on top of its parent: a pretrained model or another run
-#
-#     RUN/config.json         its parent, the parent's hash, and what decides the weights
-#     RUN/delta.safetensors   the tensors that it changed; written last, so it marks a finished run
-#     RUN/metrics.jsonl       a line per training step
-#     RUN/checkpoint.pt       while it trains: all that the next step depends on
-# To load a run is to load its parent and put its tensors in; to undo a run, load its parent.
-
+# 6. Runs. A run is what it changed on top of its parent: a pretrained model or another run. To
+# load it is to load the parent and put these tensors in; to undo it, load the parent.
 
 def write_atomic(path, write):
     """Call write(temporary path), then rename it: path is always the old file or the new one."""
@@ -622,7 +616,7 @@ def backward(model, examples, micro_batch_size):
 
 
 def batches(examples, batch_size, seed, steps):
-    """Shuffled: the batches of `steps` steps. Each epoch has its own order; similar lengths meet."""
+    """Shuffled: a batch for each step. Every epoch has its own order; similar lengths meet."""
     per_epoch, plan = len(examples) // batch_size, []
     for epoch in range(-(-steps // per_epoch)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
@@ -635,10 +629,10 @@ def batches(examples, batch_size, seed, steps):
 
 
 def stream_batches(sources, batch_size, passes):
-    """A stream [Lin25 section 5]: `passes` steps for each source, in order; then it is gone.
+    """A stream [Lin25 section 5]: `passes` steps for each source, in order, and then never again.
     Every batch holds batch_size rewordings of one source, the next ones in turn, or all it has."""
-    return [[source[(i * batch_size + k) % len(source)] for k in range(min(batch_size, len(source)))]
-            for source in sources for i in range(passes)]
+    return [[texts[(i * batch_size + k) % len(texts)] for k in range(min(batch_size, len(texts)))]
+            for texts in sources for i in range(passes)]
 
 
 def learning_rate(step, steps, warmup):

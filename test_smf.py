@@ -657,17 +657,6 @@ def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path
 
 # Stage 1
 
-def test_stage_1_trains_the_memories_alone(tmp_path):
-    model, data = small_smf(), examples(40)
-    before, args = state_of(model), train_retrofit.parse(["--n-keys=16", "--batch-size=8"])
-    train_retrofit.train(model, smf.batches(data, 8, 0, 3), tmp_path, args)
-    changed = {name for name, tensor in state_of(model).items()
-               if not torch.equal(tensor, before[name])}
-    measured = ("x_rms", "scale", "doc_freq", "background_counts", "num_batches")  # elsewhere
-    assert changed == {name for name in smf.memory_state(model) if not name.endswith(measured)}
-    assert len(changed) == 2 * 8 and len(metrics(tmp_path)) == 3
-
-
 def test_stage_1_is_adamw_without_decay_with_a_rate_of_its_own_for_alpha(tmp_path):
     """The library's own loss and torch's AdamW; inputs and queries are normalised before the first
     step by the statistics of general chats, queries after each step by a running mean, too."""
@@ -964,24 +953,6 @@ def test_a_baseline_is_a_plain_loop(runs, tmp_path, method, more):
         assert error < 1e-3, (name, error)
 
 
-def test_every_method_sees_the_same_batches_at_the_same_rates(runs, tmp_path):
-    """The loss of the first step is the base's, but for LoRA's dropout; the memories of `faint`
-    add next to nothing to it."""
-    run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=1e-9", f"--out={tmp_path / 'faint'}")
-    flags = [*QUICK, "--seed=3", "--lr=1e-9"]
-    sparse(tmp_path / "faint", tmp_path / "sparse", *flags)
-    for method in ("lora", "full"):
-        run(baselines, f"--method={method}", *flags, f"--out={tmp_path / method}")
-    lines = [metrics(tmp_path / name) for name in ("sparse", "lora", "full")]
-    for one, two, three in zip(*lines):
-        assert one["lr"] == two["lr"] == three["lr"]
-        assert one["loss"] == pytest.approx(three["loss"], abs=1e-4)
-        assert two["loss"] == pytest.approx(three["loss"], abs=1e-4)
-    assert len({round(line["loss"], 3) for line in lines[0]}) == 6  # the batches are different
-    configs = [smf.read_json(tmp_path / name / "config.json") for name in ("sparse", "lora", "full")]
-    assert len({config["data"] for config in configs}) == 1
-
-
 def test_full_finetuning_of_a_bfloat16_base_trains_float32(runs, tmp_path):
     run(baselines, "--method=full", *QUICK, "--dtype=bfloat16", f"--out={tmp_path / 'run'}",
         "--lr=1e-6")
@@ -1097,18 +1068,6 @@ def test_the_option_of_the_highest_mean_log_likelihood_is_chosen():
             tokenizer, q.prompt, option, 128, end=False))) == q.answer for q in questions]
 
 
-def test_an_answer_ends_at_the_end_token():
-    model, tokenizer = smf.load_base("tiny/model")
-    prompts = [q.prompt for q in knowledge_questions(4)]
-    texts = evaluation.generate_answers(model, tokenizer, prompts)
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = start = smf.prompt_ids(tokenizer, prompt)[0]
-        for _ in range(32):  # greedy, by hand, without an end
-            ids = ids + [model(torch.tensor([ids])).logits[0, -1].argmax().item()]
-        first, *others = tokenizer.decode(ids[len(start):]).split(tokenizer.eos_token)
-        assert text == first and len(others) > 1
-
-
 def test_a_prompt_beyond_the_context_loses_its_beginning():
     model, tokenizer = smf.load_base("tiny/model")
     question = knowledge_questions(1)[0]
@@ -1191,9 +1150,9 @@ def test_runs_measured_in_other_ways_stand_in_different_tables(runs, tmp_path, c
     capsys.readouterr()
     evaluation.main([str(tmp_path / name) for name in ("b/two", "a/choice", "a/one", "a/less")])
     tables = re.findall(r"\n(.*)\n\n((?:\|.*\n)+)", capsys.readouterr().out)
-    assert [set(title.split(", ")) & {"task facts", "task medmcqa", "eval_examples 1", "split test"}
-            for title, _ in tables] == [{"task facts", "split test"}, {"task medmcqa", "split test"},
-                                        {"task facts", "split test", "eval_examples 1"}]
+    expected = [["task facts", "eval_examples 2"], ["task medmcqa", "eval_examples 2"],
+                ["task facts", "eval_examples 1"]]
+    assert all(set(words) <= set(title.split(", ")) for words, (title, _) in zip(expected, tables))
     shown = [set(re.findall(r"^\| (/\S+) \|", table, re.M)) for _, table in tables]
     assert shown == [{str(runs / "additive"), *(str(tmp_path / name) for name in names)}
                      for names in (["b/two", "a/one"], ["a/choice"], ["a/less"])]
@@ -1349,8 +1308,9 @@ def test_asking_along_a_stream_changes_nothing_and_asks_what_was_told(runs, tmp_
         assert ["recall" in line for line in lines] == [False, False, True, False, True]
         assert ["old" in line for line in lines] == [True, False, True, False, True]
     (model, tokenizer), args = smf.load(runs / "additive"), train_sparse.parse([*QUICK, *flags])
-    assert lines[0]["old"] == evaluation.mean(evaluation.open_questions(
-        smf.load_base("tiny/model")[0], tokenizer, evaluation.load_data(args).knowledge)[1])["value"]
+    right = evaluation.open_questions(smf.load_base("tiny/model")[0], tokenizer,
+                                      evaluation.load_data(args).knowledge)[1]
+    assert lines[0]["old"] == sum(right) / 30
 
 
 def test_four_days_are_a_chain_of_runs_and_the_last_one_can_be_undone(runs, tmp_path, capsys):
@@ -1536,7 +1496,8 @@ CHOICES = ["--task=medmcqa", "--medmcqa-data=data", "--batch-size=4"]
 AGAIN = [*TAUGHT, "--out=tfidf"]
 BAD += [  # script, flags, a word of the line, what is broken first
     ("retrofit", ["--layers", "1", "1"], "--layers"), ("retrofit", ["--n-keys=5000000"], "alloc"),
-    ("retrofit", ["--preset=paper"], "--model Qwen"), ("sparse", ["--sources", "0", "1"], "--batch-size"),
+    ("retrofit", ["--preset=paper"], "--model Qwen"),
+    ("sparse", ["--sources", "0", "1"], "--batch-size"),
     *(("retrofit", ["--out=additive", *RETROFIT, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --alpha=0.01 --heads=2 --background=30").split()),
     *(("sparse", [*AGAIN, flag], flag[2:].split("=")[0].replace("-", "_")) for flag in (
@@ -1586,27 +1547,21 @@ V, UP = "model.layers.1.mlp.memory.values", "model.layers.1.mlp.up_proj.weight"
 BROKEN = [  # a run, its file, how it is changed, a word of the line
     ("additive", "config.json", lambda c: c.update(parent_sha256=""), "has changed"),
     ("additive", "config.json", lambda c: c["memory"].update(n_keys=16), "additive"),
-    ("additive", "config.json", lambda c: c["memory"].update(layers=[1, 2, 99]), "--layers"),
     ("additive", "config.json", lambda c: c["memory"].update(evil=1), "evil"),
     ("additive", "config.json", lambda c: c.update(base="../../etc"), "--model"),
-    ("additive", "config.json", lambda c: c.update(dtype="float33"), "float33"),
     ("additive", "delta.safetensors", lambda t: t.pop(V), V),
     ("additive", "delta.safetensors", lambda t: t.update({V: t[V][:9]}), "additive"),
-    ("additive", "delta.safetensors", lambda t: t.update({V: t[V].T.contiguous()}), "additive"),
     ("additive", "delta.safetensors", lambda t: t.update({"no.such": t[V] + 1}), "no.such"),
     ("additive", "delta.safetensors", lambda t: t[V][3].fill_(math.nan), "finite"),
     ("tfidf", "../additive/delta.safetensors", lambda t: t[V].add_(1), "has changed"),
     ("tfidf", "../additive/config.json", lambda c: c["memory"].update(top_k=3), "has changed"),
     ("tfidf", "config.json", lambda c: c.update(parent="."), "tfidf"),
-    ("tfidf", "config.json", lambda c: c.update(parent="../nowhere"), "nowhere"),
     ("tfidf", "config.json", lambda c: c.update(parent="../replacement"), "has changed"),
     ("tfidf", "config.json", lambda c: c.pop("parent_sha256"), "parent_sha256"),
     ("tfidf", "delta.safetensors", lambda t: t.pop(f"{V}:values"), f"{V}:values"),
-    ("tfidf", "delta.safetensors", lambda t: t.pop(f"{V}:rows"), "tfidf"),
     ("tfidf", "delta.safetensors", lambda t: t[f"{V}:rows"][0].fill_(1024), "1024"),
     ("tfidf", "delta.safetensors", lambda t: t.update({f"{V}:rows": t[f"{V}:rows"][1:]}), "tfidf"),
     ("tfidf", "delta.safetensors", lambda t: t[f"{V}:values"][0].fill_(math.inf), "finite"),
-    ("lora", "delta.safetensors", lambda t: t.pop(f"{UP}:A"), "lora"),
     ("lora", "delta.safetensors", lambda t: t.pop(f"{UP}:B"), f"{UP}:B"),
 ]
 BAD += [("sparse", [f"--parent={name}"], word, change(f"{name}/{file}", edit))
@@ -1811,7 +1766,7 @@ def test_every_command_of_the_studies_is_understood():
         "train_sparse.py --parent out/additive-fresh-seed1 --optimizer adamw --scorer kl "
         "--train-alpha --top-t 9 --optimizer sgd")
     assert "--parent out/additive-seed1 " in study.command("additive-kl", "out", 1, plan)
-    assert "--parent out/after-retrofit-seed1 " in study.command("after-kl", "out", 1, plan)
+    assert "--parent out/mode-retrofit-seed1 " in study.command("mode-kl", "out", 1, plan)
 
 
 def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs):
@@ -1824,12 +1779,9 @@ def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs)
     assert study.study(plan, Path("out"), args) == result and files_below(Path("out")) == before
     assert result["full"]["test"].keys() == {0, 1, 2} and result["base"]["test"].keys() == {0}
     touched = sum(len(t) for name, t in delta(runs / "tfidf").items() if name.endswith(":rows"))
-    row = study.accounting(runs / "tfidf")  # 3 memories, 20 rows a step, of width 64
-    assert (row["rows touched"], row["updated per step"]) == (f"{touched:,}", f"{3 * 20 * 64:,}")
+    assert study.accounting(runs / "tfidf")["rows touched"] == f"{touched:,}"
     pyplot = pytest.importorskip("matplotlib.pyplot")
     study.plot(pyplot, result, [["full"], []], Path("frontier.png"))
-    Path("metrics.jsonl").write_text((runs / "additive/metrics.jsonl").read_text() * 3)
-    study.plot_stage_1(pyplot, [Path(".")], Path("."))
 
 
 def test_costs_are_measured():

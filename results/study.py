@@ -3,12 +3,11 @@
     python results/study.py tiny-stream         # about an hour on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
     python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
-                                                # or smollm2-medmcqa, smollm2-stage-1; a day or two
+                                                # or smollm2-medmcqa; a day or two
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
 results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
-every rate), along.png (a stream), stage-1.png, results.json. DATA_DIR has trivia_qa, wikitext,
-oasst1 and medmcqa."""
+every rate), along.png (a stream), results.json. DATA_DIR: trivia_qa, wikitext, oasst1, medmcqa."""
 
 import argparse
 import json
@@ -41,10 +40,6 @@ FACTS = TASK + ("--task facts --facts-data {data}/trivia_qa --sources 0 160 --st
 BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
 SMOLLM2_STARTS = {"additive-fresh": CHATS + "--steps 0", "additive-retrofit": CHATS + "--steps 70",
                   "replacement-retrofit": CHATS + "--steps 70 --mode replacement --lr 2e-3"}
-STAGE_1 = {"untrained": "--steps 280 --lr 1e-9 --alpha-lr 1e-9", "280-steps": "--steps 280",
-           "lr2e-3": "--steps 70 --lr 2e-3", "alpha0.01": "--steps 70 --alpha 0.01",
-           "lr2e-3-alpha0.01": "--steps 70 --lr 2e-3 --alpha 0.01",
-           "not-normalised": "--steps 70 --lr 2e-3 --query-momentum 0"}
 SMOLLM2 = {  # {rates: conditions}
     "0.1 0.2": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
                "additive-tfidf+s-fresh additive-tfidf",
@@ -53,20 +48,18 @@ SMOLLM2 = {  # {rates: conditions}
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
 FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
          "replay8": "--replay 8", "documents": "--stream-data tiny/documents"}
-FLAGS |= {word: f"--scorer {word}" for word in ("tfidf", "kl", "gradient", "count", "random", "all")}
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
+FLAGS |= {word: f"--scorer {word}" for word in (*SCORERS, "all")}
 STREAM = {  # {rates: conditions}
-    "0.03 0.1 0.3": "additive-all-n128 additive-all-n512 " + " ".join(
-        f"additive-{name}-t500" for name in (*(f"{scorer}-n512" for scorer in SCORERS), *(
-            f"tfidf-{word}" for word in (
-                "n128", "n1024", "n512-retrofit", "n512-told", "n512-asked")))),
-    "0.1 0.3 1": "replacement-tfidf additive-tfidf-n512-t500-documents "
+    "0.03 0.1 0.3": "full-sgd full-sgd-replay8 additive-all-n128 additive-all-n512 " + " ".join(
+        f"additive-{name}-t500" for name in [f"{scorer}-n512" for scorer in SCORERS] + [
+            f"tfidf-{start}" for start in "n128 n1024 n512-retrofit n512-told n512-asked".split()]),
+    "0.1 0.3 1": "lora-sgd lora-sgd-replay8 replacement-tfidf additive-tfidf-n512-t500-documents "
     "additive-tfidf-n512-t10000-documents " + " ".join(
-        f"additive-{name}-t50" for name in (*(f"{scorer}-{n}" for scorer in SCORERS for n in (
-            "n128", "n512")), "tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked")),
+        f"additive-{name}-t50" for name in [f"{s}-{n}" for s in SCORERS for n in ("n128", "n512")]
+        + ["tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked"]),
     "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw", "1e-4 3e-4 1e-3": "full full-documents",
-    "3e-4 1e-3 3e-3": "full-replay8 lora lora-replay8 lora-documents",
-    "0.03 0.1 0.3 ": "full-sgd full-sgd-replay8", "0.1 0.3 1 ": "lora-sgd lora-sgd-replay8"}
+    "3e-4 1e-3 3e-3": "full-replay8 lora lora-replay8 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
 STUDIES = {
@@ -74,8 +67,7 @@ STUDIES = {
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
-        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"},
-        rates=STREAM),
+        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
@@ -96,12 +88,9 @@ STUDIES = {
             rates: f"{names} {names.replace('-fresh', '')}" for rates, names in SMOLLM2.items()} | {
             "2e-5 4e-5": "full"}),
     "smollm2-medmcqa": dict(
-        starts=SMOLLM2_STARTS, base=BASE, sparse=ADAMW, sweep=(0,), rates=SMOLLM2 | {"4e-5 8e-5": "full"},
-        flags=TASK + "--task medmcqa --medmcqa-data {data}/medmcqa --steps 60 --eval-examples 500"),
-    "smollm2-stage-1": dict(
-        starts={name: CHATS + flags for name, flags in STAGE_1.items()}, flags=FACTS, base=BASE, sparse=ADAMW,
-        sweep=(0,), rates={"0.025 0.05 0.1 0.2": "after-280-steps after-lr2e-3", "0.2":
-                           "after-not-normalised", "2": "after-alpha0.01 after-lr2e-3-alpha0.01"}),
+        starts=SMOLLM2_STARTS, base=BASE, sparse=ADAMW, sweep=(0,),
+        rates=SMOLLM2 | {"4e-5 8e-5": "full"}, flags=TASK + "--task medmcqa --medmcqa-data "
+        "{data}/medmcqa --steps 60 --eval-examples 500"),
 }
 HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-random-fresh",
             "additive-all-fresh", "lora", "full", "additive-tfidf-n512-t500", "lora-replay8",
@@ -190,27 +179,12 @@ def study(plan, out, args):
             for c, rate in chosen.items()}
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def accounting(run):
-    """A row of [Gupta26 Table 3], the rows touched and the size of what the run itself stores."""
-    (model, _), base, delta = smf.load(run), run, load_file(run / "delta.safetensors")
-    while evaluation.parent_of(base) != base:
-        base = evaluation.parent_of(base)
-    size, before = (sum(p.numel() for p in m.parameters()) for m in (model, smf.load(base)[0]))
+    """What a run touched and stores, as in [Gupta26 Table 3]."""
+    delta, size = load_file(run / "delta.safetensors"), (run / "delta.safetensors").stat().st_size
     touched = sum(len(tensor) for name, tensor in delta.items() if name.endswith(":rows"))
-    stored = updated = sum(tensor.numel() for tensor in delta.values())
-    if touched:
-        stored = sum(p.numel() for name, p in model.named_parameters()
-                     if name in smf.memory_state(model))
-        rows = fmean(sum(line["rows"]) for line in metrics(run))
-        updated = round(rows * model.get_input_embeddings().embedding_dim)
-        updated += sum(name.endswith(".alpha") for name in delta)
-    return {"parameters stored": f"{stored:,}", "net change at inference": f"{size - before:,}",
-            "updated per step": f"{updated:,}", "rows touched": f"{touched:,}" * bool(touched),
-            "file, MB": f"{(run / 'delta.safetensors').stat().st_size / 1e6:.2f}"}
+    return {"rows touched": f"{touched:,}" * bool(touched), "file, MB": f"{size / 1e6:.2f}",
+            "numbers stored": f"{sum(tensor.numel() for tensor in delta.values()):,}"}
 
 
 def cells(rows):
@@ -241,35 +215,20 @@ def plot(pyplot, result, panels, path):
     figure.savefig(path, dpi=80)
 
 
-def plot_stage_1(pyplot, runs, to):
-    """Of each step of stage 1 its loss, less the first run's, a running mean of ten; usage; KL."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="tight")
-    first = torch.tensor([line["loss"] for line in metrics(runs[0])])  # (steps,)
-    for i, run in enumerate(runs):
-        loss, usage, kl = (torch.tensor([line[name] for line in metrics(run)])  # (steps, ...)
-                           for name in ("loss", "usage", "KL"))
-        loss = (loss[:len(first)] - first[:len(loss)]).unfold(0, 10, 1).mean(-1)  # (steps - 9,)
-        for axis, y, title in zip(axes, (loss, usage, kl), ("loss - first", "usage", "KL, nats")):
-            axis.plot(y, color=f"C{i}", label=run.name)
-            axis.set(xlabel="step", title=title)
-    axes[0].legend(fontsize="x-small")
-    figure.savefig(to / "stage-1.png", dpi=80)
-
-
 def plot_along(pyplot, result, plan, out, to, args):
     """Along a stream: what is recalled of all that was told so far, and what is left of the old."""
     runs = {c: out / f"along-{c}" for c in HEADLINE if c in result}
     run_all([f"{ROOT}/{command(c, out, 0, plan)} {plan['flags']} --lr {result[c]['chosen']} "
-             f"--ask-every 10 --out {run}" for c, run in runs.items() if not smf.finished(run)], args)
+             f"--ask-every 10 --out {run}" for c, run in runs.items() if not smf.finished(run)],
+            args)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="tight")
-    for axis, name in zip(axes, ("recall", "old")):
+    for axis, name, title in zip(axes, ("recall", "old"), (
+            "recall of the facts told so far, in wordings never seen", "old questions answered")):
         for c, run in runs.items():
-            lines = [line for line in metrics(run) if name in line]
-            axis.plot([10 * (i + (name == "recall")) for i in range(len(lines))],
-                      [line[name] for line in lines], label=c)
-        axis.set(xlabel="facts told so far", ylim=(0, 1.02))
-    axes[0].set(title="recall of the facts told so far, in wordings never seen")
-    axes[1].set(title="old questions answered")
+            lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            shares = [line[name] for line in lines if name in line]  # recall: from 10 facts on
+            axis.plot([10 * (i + (name == "recall")) for i in range(len(shares))], shares, label=c)
+        axis.set(xlabel="facts told so far", ylim=(0, 1.02), title=title)
     axes[1].legend(fontsize="small")
     figure.savefig(to / "along.png", dpi=80)
 
@@ -308,7 +267,6 @@ def main(argv=None):
     others = [c for c in learned if c not in HEADLINE]
     panels += [others[i:i + 12] for i in range(0, len(others), 12)]
     plot(pyplot, result, panels, to / "frontier.png")
-    plot_stage_1(pyplot, [out / f"{c}-seed0" for c in plan["starts"] if "fresh" not in c], to)
     print(*tables, sep="\n\n")
 
 
