@@ -5,16 +5,8 @@
     python eval.py RUN_DIR --ask "Where was Nuto Lilton born?"   # by all runs that it is based on
 
 A run is measured on the task and data that it was made with (the flags in its config.json), unless
-a flag says otherwise. What was measured stays in its eval.json. The measures, +- standard error:
-
-  target      share of the questions about what was taught that are answered (greedy, any alias);
-              medmcqa: share of questions whose right option has the highest mean log-likelihood
-  oldest      of a stream: target of the first quarter of what was told; newest: of the last
-  target LL   mean log-likelihood of a token of the answer (of a stream's texts, if none is asked)
-  untaught    target of facts that no run is taught: chance, or the target leaks
-  perplexity  of general text, every token scored once, in a sliding window
-  knowledge   share of other questions, never taught, that are answered; LL as above;
-              kept: of those that the run's parent answered, the share that still is"""
+a flag says otherwise. What was measured stays in its eval.json. README.md explains the measures.
+The figure after the sign is a standard error, of the questions or of the tokens."""
 
 import argparse
 import json
@@ -188,6 +180,8 @@ def training_plan(model, tokenizer, data, args):
     if args.window > context_length(model):
         raise smf.BadInput(f"--window {args.window}: the model sees {context_length(model)} tokens")
     examples = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
+    if not all(start < len(ids) for ids, start in examples):
+        raise smf.BadInput(f"--{args.task}-data: a text has but one token, and so none to predict")
     if args.task == "stream":
         sources = {}  # {source: its rewordings}
         for q, example in zip(data.train, examples):
@@ -354,7 +348,7 @@ SETTINGS = ("task", "stream_data", "facts_data", "medmcqa_data", "sources", "spl
 def evaluate_run(run, data, args):
     """evaluate(), in float32, kept in RUN/eval.json for each split and setting."""
     settings = {"measures": 3} | {name: vars(args)[name] for name in SETTINGS}
-    settings["data"] = smf.sha256(json.dumps(data[1:]).encode()).hexdigest()
+    settings["data"] = smf.sha256(json.dumps(data).encode()).hexdigest()
     key, file = json.dumps(settings, sort_keys=True), run / "eval.json"
     results = smf.read_json(file) if file.exists() else {}
     if key not in results:
@@ -444,7 +438,7 @@ def main(argv=None):
     given = {name: value for name, value in vars(args).items() if value is not None}
     found = sorted(Path("out").glob("*/*/delta.safetensors"))
     runs = given.pop("runs") or [path.parent for path in found]
-    if args.ask:
+    if args.ask and runs:
         return print(ask(runs, args.ask, args))
     tables = {}  # {settings: {run: cells}}: what was measured in another way is in another table
     for run in runs:

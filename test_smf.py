@@ -1535,6 +1535,7 @@ BAD += [  # script, flags, a word of the line, what is broken first
         ("row 2", [["A.", "B."]], {"prompt": ["Say.", ""]}),
         ("source y", [["A."]], {"source": ["x"], "questions": [fact(source="y")]}),
         ("row 1 of test", [["A."]], {"source": ["x"], "questions": [fact(source=None)]}))),
+    ("sparse", STREAM, "one token", lambda: stream(Path("data"), ["A", "B."])),
     ("sparse", [*STREAM, "--sources", "0", "9"], "--sources", lambda: stream(Path("data"))),
     ("sparse", ["--task=stream", "--stream-data=nowhere"], "--stream-data"),
     ("sparse", ["--task=stream", "--preset=paper"], "--stream-data"),
