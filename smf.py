@@ -22,6 +22,7 @@ import resource
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -42,6 +43,17 @@ DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]  # the best first
 
 class BadInput(ValueError):
     """Something that the user can mend. The scripts print it as one line and exit with code 2."""
+
+
+@contextmanager
+def refusing(what, remedy):
+    """Whatever a missing, damaged or strange file leads to is BadInput that says what to do."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # each library, and each sort of damage, has another
+        raise BadInput(f"{what} ({error!r}); {remedy}") from error
 
 
 # 1. The memory
@@ -328,10 +340,8 @@ def write_json(path, value):
 
 
 def read_json(path):
-    try:
+    with refusing(f"{path}: cannot be read", "name another, or delete it"):
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 def weights_sha256(model):
@@ -355,7 +365,8 @@ def find(name, kind):
 
 def load_base(name, dtype="float32", device="cpu"):
     """A pretrained model, frozen, and its tokenizer. Only safetensors are read, no code is run."""
-    try:
+    with refusing(f"--model {name}: cannot be loaded", "name a directory or a hub name of a causal "
+                  "language model, or use --preset tiny"):
         path = find(name, "model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -364,9 +375,6 @@ def load_base(name, dtype="float32", device="cpu"):
         if end is None or end >= known or not tokenizer("Who?")["input_ids"]:
             raise ValueError("its tokenizer has no end token that the model knows, or no words")
         return model.to(device).requires_grad_(False).eval(), tokenizer
-    except Exception as error:  # no network, no such name, a strange model: the remedy is the same
-        raise BadInput(f"--model {name}: cannot be loaded ({error}); name a directory or a hub "
-                       f"name of a causal language model, or use --preset tiny") from None
 
 
 def base_name(name):
@@ -405,7 +413,8 @@ def run_sha256(run):
 def load(run, device="cpu"):
     """A run -> (model, tokenizer), ready for model.generate. BadInput if any part is not intact."""
     run, config = Path(run), read_json(Path(run, "config.json"))
-    try:
+    with refusing(f"{run}: cannot be loaded", "the command that made it finishes it, or, after you "
+                  "delete it, makes it again"):
         delta = load_file(run / "delta.safetensors")
         if "parent" in config:
             parent = Path(os.path.normpath(run / config["parent"]))
@@ -422,12 +431,7 @@ def load(run, device="cpu"):
         apply_delta(model, delta)
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise ValueError("not all of its numbers are finite")
-    except BadInput:
-        raise
-    except Exception as error:  # whatever a damaged file leads to
-        raise BadInput(f"{run}: cannot be loaded ({error!r}); the command that made it finishes "
-                       f"it, or, after you delete it, makes it again") from error
-    return model.requires_grad_(False), tokenizer
+        return model.requires_grad_(False), tokenizer
 
 
 def start_run(run, config, args):
@@ -459,11 +463,9 @@ def load_checkpoint(run):
     """-> how many steps are done, and the state after them, {} if there is none."""
     if not (run / "checkpoint.pt").exists():
         return 0, {}
-    try:
+    with refusing(f"{run}: its checkpoint is damaged", "delete the run"):
         step, state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:step]
-    except Exception as error:  # whatever a damaged file leads to
-        raise BadInput(f"{run}: its checkpoint is damaged ({error!r}); delete the run") from None
     if RANK == 0:  # the steps after it will be repeated
         write_atomic(run / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
     return step, state
@@ -492,8 +494,6 @@ def finish_run(run, delta):
 # 7. Examples, batches and the loss
 
 Example = namedtuple("Example", "ids start")  # tokens of prompt and answer; where the answer begins
-
-
 FORMATS = {".jsonl": ("json", {}), ".json": ("json", {}), ".parquet": ("parquet", {}),
            ".csv": ("csv", {"keep_default_na": False}),
            ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
@@ -510,30 +510,25 @@ def split_files(path, split):
 def split_names(flag, name):
     """Which splits a data set has."""
     path, _, configuration = name.partition(":")
-    try:
+    with refusing(f"{flag} {name}: cannot be read", "name a data set"):
         path = find(path, "dataset")
         here = [split for split in ("train", "validation", "test") if split_files(path, split)]
         return here or datasets.get_dataset_split_names(path, configuration or None)
-    except Exception as error:  # no network, no such name, a strange file: the remedy is the same
-        raise BadInput(f"{flag} {name}: cannot be read ({error})") from None
 
 
 def load_rows(flag, name, split, columns, optional=()):
     """A split of a data set with these columns: a file, a directory or a hub name[:configuration].
     A row of a .txt is a paragraph, in the column text."""
     path, _, configuration = name.partition(":")
-    try:
+    with refusing(f"{flag} {name}: split {split} cannot be read",
+                  f"name a data set with these columns: {', '.join(columns)}"):
         path = find(path, "dataset")
         files = split_files(path, split)
         kind, options = FORMATS[Path(files[0]).suffix] if files else (path, {})
         rows = datasets.load_dataset(kind, configuration or None, data_files=files or None,
                                      split="train" if files else split, **options)
-        rows = rows.select_columns([*columns, *(c for c in optional if c in rows.column_names)])
         rows[0]  # raises if there is none
-        return rows
-    except Exception as error:  # no network, no such name, a strange file: the remedy is the same
-        raise BadInput(f"{flag} {name}: split {split} cannot be read ({error}); name a data set "
-                       f"with these columns: {', '.join(columns)}") from None
+        return rows.select_columns([*columns, *(c for c in optional if c in rows.column_names)])
 
 
 def prompt_ids(tokenizer, prompt):

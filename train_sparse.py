@@ -26,7 +26,9 @@ PRESETS = {
     "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, save_every=100),
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, save_every=20),
 }
-# Of a stream: chosen on tiny. Else: on four models (results/README.md).
+# A stream's batch is about one source, others' about 16 examples. Chosen in results/README.md, the
+# stream's on tiny alone.
+TOP_T = {"stream": 50, "shuffled": 500}
 LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.02}, "shuffled": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
             "optimizer", "lr", "train_alpha", "alpha_lr")
@@ -46,7 +48,7 @@ def parse(argv=None):
     add("--parent", type=Path, help="run to start from (out/PRESET/retrofit-seedSEED)")
     add("--scorer", choices=["tfidf", "kl", "gradient", "count", "random", "all"], default="tfidf",
         help="how to choose rows; count, random and all (rows read) are controls")
-    add("--top-t", type=int, default=500, help="rows updated per memory and step")
+    add("--top-t", type=int, help=f"rows updated per memory and step ({TOP_T})")
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of the rows")
     add("--lr", type=float, help=f"learning rate of the rows ({LEARNING_RATE})")
     add("--train-alpha", action="store_true", help="+S [Gupta26]: train the alphas, too")
@@ -54,7 +56,7 @@ def parse(argv=None):
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
     kind = "stream" if args.task == "stream" else "shuffled"
-    args.lr = args.lr or LEARNING_RATE[kind][args.optimizer]
+    args.top_t, args.lr = args.top_t or TOP_T[kind], args.lr or LEARNING_RATE[kind][args.optimizer]
     return args
 
 

@@ -117,7 +117,7 @@ def train(name, config, args, mine, other, results):
     plan = Turns([batch] * (args.rounds + 1), mine, other, args.device)
     micro = args.batch_size if "whole" in name else args.micro_batch_size
     flags = f"--device {args.device} --batch-size {args.batch_size} --micro-batch-size {micro}"
-    flags += " --method full" * (name == "full") + " --optimizer adamw" * (script is train_sparse)
+    flags += " --method full" * (name == "full") + " --optimizer adamw --top-t 500" * (script is train_sparse)
     loop = plain_loop if name == "plain AdamW loop" else script.train
     asked = [] if script is train_retrofit else [None, None]  # no tokenizer, no data
     loop(model, plan, Path(tempfile.mkdtemp()), script.parse(flags.split()), *asked)
