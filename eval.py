@@ -95,7 +95,7 @@ def load_questions(flag, name, split, told=False):
                 (source not in (None, "") or "source" not in row)):
             raise smf.BadInput(f"{flag} {name}: row {number} of {split} has no text, or no answer "
                                f"(answer.value), or no source; give it, or remove the row")
-        aliases = [value, *filter(None, answer.get("aliases") or [])]
+        aliases = [value, *map(str, filter(None, answer.get("aliases") or []))]
         questions.append((source if source is None else str(source),
                           Question(prompt, value.strip(), aliases)))
     return questions
@@ -126,6 +126,8 @@ def load_sources(args):
     train, target = ([q._replace(source=place.get(id)) for id, q in part
                       if id is None or low <= place.get(id, end) < end]
                      for part, low in ((rows, first), (asked, 0)))
+    if stream:  # if they are too many, evenly from the oldest to the newest
+        target = target[::-(-len(target) // args.eval_examples) or 1]
     return train, target
 
 

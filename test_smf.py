@@ -1268,6 +1268,8 @@ def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path)
     assert [tokenizer.decode(b[0].ids) for b in plan] == [
         "A.", "<|user|>Say B.<|assistant|> B.<|end|>", "D."]  # a plain text has no end
     assert [b[0].start for b in plan[::2]] == [1, 1]
+    few = load_data(f"--stream-data={data}", "--eval-examples=2")
+    assert [q.source for q in few.target] == [2, 1]  # the first and the last, evenly
     later = load_data(f"--stream-data={data}", "--sources", 1, 2)  # and what came before is asked
     assert [q.answer for q in later.train] == ["B."]
     assert {q.source for q in later.target} == {0, 1}

@@ -29,7 +29,7 @@ PRESETS = {
 # A stream's batch is about one source, others' about 16 examples. Chosen in results/README.md, the
 # stream's on tiny alone.
 TOP_T = {"stream": 50, "shuffled": 500}
-LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.02}, "shuffled": {"sgd": 1.0, "adamw": 0.1}}
+LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.03}, "shuffled": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
             "optimizer", "lr", "train_alpha", "alpha_lr")
 
