@@ -123,9 +123,9 @@ def load_sources(args):
     if stream and (unknown := {id for id, _ in asked} - {*place, None}):
         raise smf.BadInput(f"{flag} {name}: {args.split} asks about the source {min(unknown)}, "
                            f"which train does not have; mend or remove the question")
-    train, target = ([q._replace(source=place.get(id)) for id, q in part
-                      if id is None or low <= place.get(id, end) < end]
-                     for part, low in ((rows, first), (asked, 0)))
+    train = [q._replace(source=place[id]) for id, q in rows if first <= place[id] < end]
+    target = [q._replace(source=place.get(id)) for id, q in asked
+              if id is None or place.get(id, end) < end]
     if stream:  # if they are too many, evenly from the oldest to the newest
         target = target[::-(-len(target) // args.eval_examples) or 1]
     return train, target
