@@ -412,9 +412,10 @@ def report(run, data, args):
     chain, shown = ancestors(run), {}
     rows = {part: row(part, data, args) for part in chain}
     before, after = (evaluate_run(part, data, args)["answers"] for part in (chain[0], run))
-    for name in after:
+    for name in ("target", "knowledge"):
         questions = getattr(data, name)
-        for i in range(0, len(questions), -(-len(questions) // 4)):  # four of them
+        every = max(1, len(questions) // 4 - 1) | 1  # odd: not the same kind each time
+        for i in range(0, len(after.get(name, [])), every)[:4]:
             shown[questions[i].prompt] = {"measure": name, "before": before[name][i],
                                           "after": after[name][i], "right": questions[i].answer}
     return f"{table(shown, 'question')}\n\n{table(rows)}"
