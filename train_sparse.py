@@ -107,8 +107,7 @@ def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {nam
         optimizers[name].load_state_dict(state[name])
 
     for step in tqdm(range(done, len(plan)), initial=done, total=len(plan), disable=smf.RANK > 0):
-        # What was told so far is asked before a new source comes.
-        asked = evaluation.ask_along(model, tokenizer, data, step, args)
+        asked = evaluation.ask_along(model, tokenizer, data, step, args)  # mostly {}
 
         # Forward and backward. What does this batch read, and what is the gradient there?
         loss, reads = smf.backward(model, plan[step], args.micro_batch_size)
@@ -137,11 +136,8 @@ def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {nam
             smf.save_checkpoint(run, step + 1, **{name: optimizer.state_dict()
                                                   for name, optimizer in optimizers.items()})
 
-    learned = dict(alphas)
-    for name, memory in memories.items():
-        state = optimizers[f"{name}.values"].state_dict()
-        learned |= {f"{name}.values:{part}": state[part] for part in ("rows", "values")}
-    return learned
+    return alphas | {f"{name}.values:{part}": optimizers[f"{name}.values"].state_dict()[part]
+                     for name in memories for part in ("rows", "values")}
 
 
 def load_parent(args):

@@ -117,10 +117,11 @@ def train(name, config, args, mine, other, results):
     plan = Turns([batch] * (args.rounds + 1), mine, other, args.device)
     micro = args.batch_size if "whole" in name else args.micro_batch_size
     flags = f"--device {args.device} --batch-size {args.batch_size} --micro-batch-size {micro}"
-    flags += " --method full" * (name == "full") + " --optimizer adamw --top-t 500" * (script is train_sparse)
+    flags += {train_sparse: " --optimizer adamw --top-t 500"}.get(script, "")
+    flags += " --method full" * (name == "full")
     loop = plain_loop if name == "plain AdamW loop" else script.train
-    asked = [] if script is train_retrofit else [None, None]  # no tokenizer, no data
-    loop(model, plan, Path(tempfile.mkdtemp()), script.parse(flags.split()), *asked)
+    none = [] if script is train_retrofit else [None, None]  # of tokenizer and data
+    loop(model, plan, Path(tempfile.mkdtemp()), script.parse(flags.split()), *none)
     plan.end_step()
     tables = sum(memory.values.nbytes for memory in smf.memories(model).values()) / 2**30
     peak = peak_memory(args.device) - before

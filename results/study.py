@@ -57,7 +57,7 @@ STREAM = {  # {rates: conditions}
     ) + "".join(f" additive-{name}-t50" for name in [
         f"{scorer}-{n}" for scorer in SCORERS[:4] for n in ("n128", "n512")]
         + ["tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked"]),
-    "0.3 1 3": "replacement-tfidf additive-random-n128-t50 additive-random-n512-t50",
+    "0.3 1 3": "replacement-tfidf-t500 additive-random-n128-t50 additive-random-n512-t50",
     "0.1 0.3 1": "lora-sgd lora-sgd-replay8 additive-tfidf-n512-t500-documents "
                  "additive-tfidf-n512-t10000-documents",
     "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw", "1e-4 3e-4 1e-3": "full full-documents",
