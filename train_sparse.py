@@ -26,8 +26,7 @@ PRESETS = {
     "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, save_every=100),
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, save_every=20),
 }
-# A stream's batch is about one source, others' about 16 examples. Chosen in results/README.md, the
-# stream's on tiny alone.
+# By task: a stream's batch is about one source. Chosen in results/README.md, that on tiny alone.
 TOP_T = {"stream": 50, "shuffled": 500}
 LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.03}, "shuffled": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
