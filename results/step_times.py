@@ -1,0 +1,76 @@
+"""Is a step of a stream slower with another scorer, a larger table, or many sources told before?
+
+    python results/step_times.py      # five minutes on one core; writes tiny-stream/step_times.md
+
+Steps of all variants are interleaved, and medians are compared. Then AdamW is told 10,000 sources
+of one text each, and its last hundred steps are compared with its first; both tell the same."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval as evaluation  # noqa: E402
+import smf  # noqa: E402
+import train_retrofit  # noqa: E402
+import train_sparse  # noqa: E402
+
+VARIANTS = {"tfidf": [512, "tfidf"], "kl": [512, "kl"], "gradient": [512, "gradient"],
+            "n = 128": [128, "tfidf"], "n = 1024": [1024, "tfidf"]}
+
+
+class Timed(list):
+    """Batches that note when each is taken, that is when its step begins."""
+
+    def __getitem__(self, step):
+        self.began = [*getattr(self, "began", []), time.perf_counter()]
+        return super().__getitem__(step)
+
+
+def prepare(n_keys, *flags):
+    """-> train_sparse.train's arguments on a fresh memory of n_keys."""
+    parent = Path(tempfile.gettempdir(), f"step-times-n{n_keys}")
+    if not smf.finished(parent):
+        train_retrofit.main(["--n-keys", str(n_keys), "--out", str(parent)])
+    (model, tokenizer), args = smf.load(parent), train_sparse.parse([*flags, "--save-every=999999"])
+    data = evaluation.load_data(args)
+    plan, _ = evaluation.training_plan(model, tokenizer, data, args)
+    return [model, plan, Path(tempfile.mkdtemp()), args, tokenizer, data]
+
+
+def seconds(runner, plan):
+    """Of each step of these batches."""
+    runner[1] = Timed(plan)
+    train_sparse.train(*runner)
+    ends = [*runner[1].began[1:], time.perf_counter()]
+    return [end - began for began, end in zip(runner[1].began, ends)]
+
+
+def main():
+    torch.set_num_threads(1)
+    runners = {name: prepare(n, "--scorer", scorer) for name, (n, scorer) in VARIANTS.items()}
+    plan, times = runners["tfidf"][1], {name: [] for name in runners}
+    for i in range(0, 200, 10):  # ten steps each, in turn; the first of them warms up
+        for name, runner in runners.items():
+            times[name] += seconds(runner, plan[i:i + 10])[1:-1]
+    base = median(times["tfidf"])
+    rows = {f"{name}, of tfidf at n = 512": {"ratio": f"{median(t) / base:.2f}"}
+            for name, t in times.items()}
+    runner = prepare(512, "--optimizer", "adamw", "--lr", "1e-6")
+    texts = [example for batch in plan for example in batch]
+    told = [[texts[i * 7919 % len(texts)]] for i in range(9900)]
+    t = seconds(runner, told + told[:100])
+    rows["last hundred of 10,000 sources, of the first"] = {
+        "ratio": f"{median(t[-100:-1]) / median(t[1:100]):.2f}"}
+    table = evaluation.table(rows, "step")
+    (ROOT / "results/tiny-stream/step_times.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    smf.script(main)
