@@ -28,7 +28,7 @@ class Timed(list):
     """Batches that note when each is taken, that is when its step begins."""
 
     def __getitem__(self, step):
-        self.began = [*getattr(self, "began", []), time.perf_counter()]
+        self.__dict__.setdefault("began", []).append(time.perf_counter())
         return super().__getitem__(step)
 
 
