@@ -5,8 +5,7 @@
     python eval.py RUN_DIR --ask "Where was Nuto Lilton born?"   # by all runs that it is based on
 
 A run is measured on the task and data that it was made with (the flags in its config.json), unless
-a flag says otherwise. What was measured stays in its eval.json. README.md explains the measures.
-The figure after the sign is a standard error, of the questions or of the tokens."""
+a flag says otherwise. Its eval.json keeps what was measured. ± is a standard error."""
 
 import argparse
 import json
@@ -81,11 +80,11 @@ class Data(NamedTuple):
     text: str  # general text, for the perplexity
 
 
-def load_questions(flag, name, split, told=False):
+def load_questions(flag, name, split, told=False, required=True):
     """Rows in TriviaQA's layout, or with a plain answer; or, told, of a stream: texts, some with a
     prompt -> [(id, Question)], id: the source, else the question_id, else None."""
     columns, questions = ("text",) if told else ("question", "answer"), []
-    rows = smf.load_rows(flag, name, split, columns, ("prompt", "source", "question_id"))
+    rows = smf.load_rows(flag, name, split, columns, ("prompt", "source", "question_id"), required)
     for number, row in enumerate(rows, 1):
         answer = row["text" if told else "answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
@@ -109,17 +108,16 @@ def load_sources(args):
     wordings never trained on. Without such a split the facts task asks what it trained."""
     stream, flag = args.task == "stream", f"--{args.task}-data"
     name = args.stream_data if stream else args.facts_data
-    splits = smf.split_names(flag, name)
-    taught = "train" if stream or "train" in splits else "validation"
-    rows = load_questions(flag, name, taught, told=stream)
+    rows = load_questions(flag, name, "train", told=stream, required=stream)
+    taught = "train" if rows else "validation"
+    rows = rows or load_questions(flag, name, taught)
     rows = [(id or str(number), q) for number, (id, q) in enumerate(rows, 1)]
     place = {id: i for i, id in enumerate(dict.fromkeys(id for id, _ in rows))}
     first, end = args.sources or (0, len(place))
     if not 0 <= first < end <= len(place):
         raise smf.BadInput(f"--sources {first} {end}: {name} has {len(place)}")
-    asked = [] if stream else rows
-    if args.split in splits and args.split != taught:
-        asked = load_questions(flag, name, args.split)
+    asked = [] if args.split == taught else load_questions(flag, name, args.split, required=False)
+    asked = asked if asked or stream else rows
     if stream and (unknown := {id for id, _ in asked} - {*place, None}):
         raise smf.BadInput(f"{flag} {name}: {args.split} asks about the source {min(unknown)}, "
                            f"which train does not have; mend or remove the question")
@@ -171,16 +169,15 @@ def load_data(args):
     if not (asked[0] or args.task == "stream") or not asked[1] or not text.strip():
         raise smf.BadInput("--facts-data, --trivia-data, --wikitext-data: after those that are "
                            "taught or name their own answer, no question, or no text, is left")
-    if args.stride >= args.window:
-        raise smf.BadInput(f"--stride {args.stride}: give less than --window {args.window}")
     return Data(train, *asked, text)
 
 
 def training_plan(model, tokenizer, data, args):
     """-> the batch of Examples of each step, and a hash of what is learned. BadInput now if the run
     could not be measured in the end."""
-    if args.window > context_length(model):
-        raise smf.BadInput(f"--window {args.window}: the model sees {context_length(model)} tokens")
+    if not args.stride < args.window <= context_length(model):
+        raise smf.BadInput(f"--window {args.window}, --stride {args.stride}: give a window of at "
+                           f"most {context_length(model)} tokens, and a stride of less")
     examples = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
     if not all(start < len(ids) for ids, start in examples):
         raise smf.BadInput(f"--{args.task}-data: a text has but one token, and so none to predict")
@@ -188,8 +185,6 @@ def training_plan(model, tokenizer, data, args):
         sources = {}  # {source: its rewordings}
         for q, example in zip(data.train, examples):
             sources.setdefault(q.source, []).append(example)
-        if min(map(len, sources.values())) < smf.WORLD_SIZE:
-            raise smf.BadInput("torchrun: a source has fewer rewordings than there are processes")
         plan = smf.stream_batches(list(sources.values()), args.batch_size, args.passes)[:args.steps]
     elif len(examples) < args.batch_size:
         raise smf.BadInput(f"--batch-size {args.batch_size}: only {len(examples)} to learn")
@@ -197,6 +192,8 @@ def training_plan(model, tokenizer, data, args):
         steps = args.epochs * (len(examples) // args.batch_size)
         plan = smf.batches(examples, args.batch_size, args.seed,
                            steps if args.steps is None else args.steps)
+    if min(map(len, plan), default=smf.WORLD_SIZE) < smf.WORLD_SIZE:
+        raise smf.BadInput("torchrun: a batch has fewer examples than there are processes")
     return plan, smf.sha256(json.dumps(examples).encode()).hexdigest()
 
 
@@ -364,17 +361,13 @@ def evaluate_run(run, data, args):
 def parent_of(run):
     """The run that this one is based on; for one on a pretrained model, that model, as a run that
     changed nothing, in the directory base beside it."""
-    config = smf.read_json(run / "config.json")
+    config, base = smf.read_json(run / "config.json"), run.parent / "base"
     if "parent" in config:
         return Path(os.path.normpath(run / config["parent"]))
-    base = run.parent / "base"
-    own = {name: config[name] for name in ("base", "parent_sha256", "dtype")}
+    own = {"base": config["base"], "parent_sha256": config["parent_sha256"], "dtype": "float32"}
+    smf.start_run(base, own, argparse.Namespace())  # refuses it if it is that of another model
     if not smf.finished(base):
-        smf.start_run(base, own, argparse.Namespace())
         smf.finish_run(base, {})
-    if smf.read_json(base / "config.json")["parent_sha256"] != config["parent_sha256"]:
-        raise smf.BadInput(f"{base}: is another model than that of {run}; give the runs of each "
-                           f"model a directory of their own")
     return base
 
 

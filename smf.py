@@ -60,7 +60,6 @@ def refusing(what, remedy):
 
 class ProductKeyMemory(nn.Module):
     """A table of N = n_keys**2 value rows, of which each token reads the top_k best per head.
-
     The two halves of a query are scored against n sub-keys each. Row i * n + j has the score
     s1[i] + s2[j], so 2n scores search N rows [Lample19 section 3, Berges24 section 3]."""
 
@@ -201,13 +200,9 @@ def read_only(model, batch):
 
 @torch.no_grad()
 def collect_background(model, batches):
-    """Record in each memory what general text reads of it [Gupta26 section 3.2, appendix A].
-
+    """Add to each memory's record what general text reads of it [Gupta26 section 3.2, appendix A].
     doc_freq (N,): how many examples read a row. background_counts (N,): all reads of a row.
     num_batches: how many examples there were (each counts as a batch of one, as in the paper)."""
-    for memory in memories(model).values():
-        for buffer in (memory.doc_freq, memory.background_counts, memory.num_batches):
-            buffer.zero_()
     for batch in batches:
         for name, (_, rows, _, _) in read_only(model, batch).items():
             memory = model.get_submodule(name)
@@ -269,7 +264,6 @@ def row_gradient(selected, rows, weights, dy, n_rows):
 
 class RowOptimizer:
     """AdamW (without decay) or SGD for the rows of a table that a step selects; no other row moves.
-
     Each row has its own moments and its own age: to a row, the steps that did not select it never
     happened. The state grows with the rows ever selected. Gradients can be ~1e-8: eps is less."""
 
@@ -313,10 +307,9 @@ class RowOptimizer:
     @torch.no_grad()
     def load_state_dict(self, state):
         state = {name: tensor.to(self.values.device) for name, tensor in state.items()}
-        self.rows, self.m, self.v, self.age = (state[name] for name in ("rows", "m", "v", "age"))
-        self.number = len(self.rows)
-        self.index[self.rows] = torch.arange(len(self.rows), device=self.index.device)
-        self.values[self.rows] = state["values"]
+        at = self.indices(state["rows"])  # 0, 1, 2, ...: all are new
+        self.m[at], self.v[at], self.age[at] = state["m"], state["v"], state["age"]
+        self.values[state["rows"]] = state["values"]
 
 
 # 6. Runs. A run is what it changed on top of its parent: a pretrained model or another run. To
@@ -325,14 +318,12 @@ class RowOptimizer:
 def write_atomic(path, write):
     """Call write(temporary path), then rename it: path is always the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several may measure a parent
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except Exception as error:  # a full disk, say, which each library tells in its own way
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written, is the disk full? ({error})") from None
+    with refusing(f"{path}: cannot be written", "is the disk full?"):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -356,8 +347,6 @@ def find(name, kind):
     for path in (Path(name), ROOT / name):
         if name and path.exists():
             return str(path.resolve())
-    if kind == "dataset" and "/" not in name:  # or one of this name may come from the cache
-        raise ValueError("there is no such directory")
     if not huggingface_hub.constants.HF_HUB_OFFLINE:  # the libraries' own attempts take minutes
         getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=10)
     return name
@@ -443,8 +432,6 @@ def start_run(run, config, args):
         if other:
             raise BadInput(f"--out {run}: was made with another {', '.join(other)}; give the same, "
                            f"name another directory, or delete this one")
-        if finished(run):  # killed, perhaps, just before it dropped its checkpoint
-            [path.unlink() for path in run.glob("checkpoint.pt*")]
     elif RANK == 0:
         free = not run.exists() or run.is_dir() and all(f.suffix == ".tmp" for f in run.iterdir())
         if not free or run.name == "base" and vars(args):
@@ -479,8 +466,8 @@ def log(run, **metrics):
         with open(run / "metrics.jsonl", "a" if metrics["step"] else "w") as file:  # 0: anew
             file.write(json.dumps(metrics) + "\n")
         if metrics["step"] % 50 == 0:
-            tqdm.write("  ".join(f"{name} {value:.4g}" if type(value) is float else
-                                 f"{name} {value}" for name, value in metrics.items()))
+            tqdm.write("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}"
+                                 for k, v in metrics.items()))
 
 
 def finish_run(run, delta):
@@ -500,32 +487,21 @@ FORMATS = {".jsonl": ("json", {}), ".json": ("json", {}), ".parquet": ("parquet"
            ".txt": ("text", {"sample_by": "paragraph"})}
 
 
-def split_files(path, split):
-    """The files of a split in a directory: those named after it. A file is a train split."""
-    path = Path(path)
-    files = [path] * (split == "train") if path.is_file() else sorted(path.glob(f"{split}*"))
-    return [str(file) for file in files if file.suffix in FORMATS]
-
-
-def split_names(flag, name):
-    """Which splits a data set has."""
-    path, _, configuration = name.partition(":")
-    with refusing(f"{flag} {name}: cannot be read", "name a data set"):
-        path = find(path, "dataset")
-        here = [split for split in ("train", "validation", "test") if split_files(path, split)]
-        return here or datasets.get_dataset_split_names(path, configuration or None)
-
-
-def load_rows(flag, name, split, columns, optional=()):
+def load_rows(flag, name, split, columns, optional=(), required=True):
     """A split of a data set with these columns: a file, a directory or a hub name[:configuration].
-    A row of a .txt is a paragraph, in the column text."""
+    In a directory, its files are those named after it; a file is a train split. A row of a .txt is
+    a paragraph, in the column text. [] if the data set has no such split, and none is required."""
     path, _, configuration = name.partition(":")
     with refusing(f"{flag} {name}: split {split} cannot be read",
                   f"name a data set with these columns: {', '.join(columns)}"):
-        path = find(path, "dataset")
-        files = split_files(path, split)
-        kind, options = FORMATS[Path(files[0]).suffix] if files else (path, {})
-        rows = datasets.load_dataset(kind, configuration or None, data_files=files or None,
+        path, configuration = Path(find(path, "dataset")), configuration or None
+        files = [path] * (split == "train") if path.is_file() else sorted(path.glob(f"{split}*"))
+        files = [str(file) for file in files if file.suffix in FORMATS]
+        if not (required or files) and (path.exists() or split not in
+                                        datasets.get_dataset_split_names(str(path), configuration)):
+            return []
+        kind, options = FORMATS[Path(files[0]).suffix] if files else (str(path), {})
+        rows = datasets.load_dataset(kind, configuration, data_files=files or None,
                                      split="train" if files else split, **options)
         rows[0]  # raises if there is none
         return rows.select_columns([*columns, *(c for c in optional if c in rows.column_names)])
@@ -651,9 +627,6 @@ def parse(parser, presets, argv=None):
             parser.error(f"--{name.replace('_', '-')} {value}: is out of range")
     if "batch_size" in args:
         args.micro_batch_size = args.micro_batch_size or args.batch_size
-        if args.batch_size % args.micro_batch_size or args.batch_size % WORLD_SIZE:
-            parser.error(f"--batch-size {args.batch_size}: give a multiple of --micro-batch-size "
-                         f"and of the number of processes, {WORLD_SIZE}")
     return args
 
 

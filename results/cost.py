@@ -4,8 +4,8 @@
     python results/cost.py --model tiny/model --max-length 32 --rounds 2     # a try, a minute
     python results/cost.py --to results/qwen2.5-0.5b/cost.md
 
-Steps are raced in pairs: each training loop runs in a process of its own, and the two take turns
-step by step. Ratios are of medians. With peft installed, its LoRA is raced, too."""
+Each training loop runs in a process of its own, and two of them take turns step by step. Ratios are
+of medians. With peft installed, its LoRA is raced, too."""
 
 import argparse
 import importlib.util
@@ -106,8 +106,7 @@ def prepare(name, model):
 
 
 def train(name, config, args, mine, other, results):
-    """A runner of a race, the loop of `name` on one batch: puts into `results` the seconds of a
-    step, the GiB of peak memory beyond the base model, and the same without value tables."""
+    """The loop of `name` on one batch; what it costs goes into `results`: see the end of race."""
     sys.stdout = open(os.devnull, "w")
     model = random_model(config, args.device)
     before, script = peak_memory(args.device), prepare(name, model)
@@ -134,8 +133,7 @@ def race(pair, config, args):
     turns, results = [context.Semaphore(1), context.Semaphore(0)], context.SimpleQueue()
     runners = [context.Process(target=train, daemon=True, args=(
         name, config, args, turns[i], turns[1 - i], results)) for i, name in enumerate(pair)]
-    for runner in runners:
-        runner.start()
+    [runner.start() for runner in runners]
     while any(runner.is_alive() for runner in runners):
         time.sleep(0.2)
         if any(runner.exitcode for runner in runners):  # 0 or None while all is well
