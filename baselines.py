@@ -57,6 +57,9 @@ def add_lora(model):
             setattr(blocks.get_submodule(parent), child, LoRALinear(linear))
     if not any(p.requires_grad for p in model.parameters()):
         raise smf.BadInput("--method lora: this model has no nn.Linear; use --method full")
+    rest = sum(p.numel() for p in blocks.parameters() if not p.requires_grad and p.dim() > 2)
+    if rest:
+        print(f"WARNING: LoRA does not adapt {rest:,} weights of experts, which are no nn.Linear")
 
 
 def train(model, plan, run, args, tokenizer, data):
@@ -131,17 +134,17 @@ def main(argv=None):
               "data": data_sha256}
     if lora:  # dropout draws its masks a micro-batch at a time
         config["micro_batch_size"] = args.micro_batch_size
-    smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
-    if not smf.finished(run):
-        print(f"{args.task}, {args.method}: {len(plan)} steps -> {run}")
-        torch.manual_seed(args.seed)
-        add_lora(model) if lora else model.requires_grad_(True)
-        changed = train(model, plan, run, args, tokenizer, data)
-        if lora:  # a delta of W is B A: the factor ALPHA / LORA_RANK goes into B
-            changed = {name.replace(".A", ".weight:A").replace(".B", ".weight:B"):
-                       p * (ALPHA / LORA_RANK if name.endswith(".B") else 1)
-                       for name, p in changed.items()}
-        smf.finish_run(run, changed)
+    with smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args):
+        if not smf.finished(run):
+            print(f"{args.task}, {args.method}: {len(plan)} steps -> {run}")
+            torch.manual_seed(args.seed)
+            add_lora(model) if lora else model.requires_grad_(True)
+            changed = train(model, plan, run, args, tokenizer, data)
+            if lora:  # a delta of W is B A: the factor ALPHA / LORA_RANK goes into B
+                changed = {name.replace(".A", ".weight:A").replace(".B", ".weight:B"):
+                           p * (ALPHA / LORA_RANK if name.endswith(".B") else 1)
+                           for name, p in changed.items()}
+            smf.finish_run(run, changed)
     print(evaluation.report(run, data, args))
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import string
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +89,8 @@ def load_questions(flag, name, split, told=False, required=True):
     for number, row in enumerate(rows, 1):
         answer = row["text" if told else "answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
-        prompt, value = row.get("prompt" if told else "question"), str(answer.get("value") or "")
+        prompt, value = row.get("prompt" if told else "question"), answer.get("value")
+        value = "" if value is None else str(value)
         source, none = row.get("source", row.get("question_id")), told and prompt is None
         if not (value.strip() and (none or isinstance(prompt, str) and prompt.strip()) and
                 (source not in (None, "") or "source" not in row)):
@@ -256,8 +258,9 @@ def context_length(model):
 
 
 def normalize(text):
-    """TriviaQA's rule: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text.lower())
+    """TriviaQA's rule: lower case, no punctuation, no articles, single spaces. One Unicode form."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -275,9 +278,13 @@ def mean(values):
 
 def open_questions(model, tokenizer, questions):
     """-> the answers, whether each is right, the mean log-likelihood of each right answer."""
-    texts = generate_answers(model, tokenizer, [q.prompt for q in questions])
     examples = [smf.encode(tokenizer, q.prompt, q.answer, context_length(model), end=False)
                 for q in questions]
+    longest = 8 + max(len(ids) - start for ids, start in examples)
+    room = min(max(32, longest), context_length(model) // 2)
+    if longest > room:
+        print(f"answers of more than {room} tokens, half of what the model sees, are cut there")
+    texts = generate_answers(model, tokenizer, [q.prompt for q in questions], room)
     right = [answered(text, q.aliases) for text, q in zip(texts, questions)]
     return texts, right, log_likelihoods(model, examples)
 
@@ -346,7 +353,7 @@ SETTINGS = ("task", "stream_data", "facts_data", "medmcqa_data", "sources", "spl
 
 def evaluate_run(run, data, args):
     """evaluate(), in float32, kept in RUN/eval.json for each split and setting."""
-    settings = {"measures": 3} | {name: vars(args)[name] for name in SETTINGS}
+    settings = {"measures": 4} | {name: vars(args)[name] for name in SETTINGS}
     settings["data"] = smf.sha256(json.dumps(data).encode()).hexdigest()
     key, file = json.dumps(settings, sort_keys=True), run / "eval.json"
     results = smf.read_json(file) if file.exists() else {}
@@ -365,9 +372,9 @@ def parent_of(run):
     if "parent" in config:
         return Path(os.path.normpath(run / config["parent"]))
     own = {"base": config["base"], "parent_sha256": config["parent_sha256"], "dtype": "float32"}
-    smf.start_run(base, own, argparse.Namespace())  # refuses it if it is that of another model
-    if not smf.finished(base):
-        smf.finish_run(base, {})
+    with smf.start_run(base, own, argparse.Namespace()):  # refused if it is of another model
+        if not smf.finished(base):
+            smf.finish_run(base, {})
     return base
 
 
@@ -419,7 +426,7 @@ def ask(runs, question, args):
     rows = {}
     for part in dict.fromkeys(part for run in runs for part in ancestors(run)):
         model, tokenizer = smf.load(part, args.device)
-        rows[part] = {question: generate_answers(model.float(), tokenizer, [question])[0]}
+        rows[part] = {question: generate_answers(model.float(), tokenizer, [question], 100)[0]}
     return table(rows)
 
 
@@ -436,17 +443,18 @@ def main(argv=None):
     runs = given.pop("runs") or [path.parent for path in found]
     if args.ask and runs:
         return print(ask(runs, args.ask, args))
-    tables = {}  # {settings: {run: cells}}: what was measured in another way is in another table
+    tables = {}  # {settings: (data, {run: cells})}: another table for another way to measure
     for run in runs:
         flags = smf.read_json(run / "config.json").get("flags", {})
         if "task" in flags:  # a base or a retrofit learned none: see the tables of its children
             own = argparse.Namespace(**flags | given)
-            data = load_data(own)
             key = ", ".join(f"{name} {value}" for name in SETTINGS
                             if (value := vars(own)[name]) is not None)
-            tables.setdefault(key, {}).update({part: row(part, data, own)
-                                               for part in (parent_of(run), run)})
-    for settings, rows in tables.items():
+            if key not in tables:
+                tables[key] = load_data(own), {}
+            data, rows = tables[key]
+            rows |= {part: row(part, data, own) for part in (parent_of(run), run)}
+    for settings, (_, rows) in tables.items():
         print(f"\n{settings}\n\n{table(rows)}")
     if not tables:
         raise smf.BadInput("no run that learned a task; make one with train_sparse.py, or name one")

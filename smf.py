@@ -15,6 +15,7 @@ Shapes in comments: B examples, T tokens of each, D model width, H heads, K rows
 n sub-keys per half, N = n * n rows, t selected rows, S tokens of a whole batch without padding.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))  # which of how many processes this is: set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+DATE = "26 Jul 2024"  # for chat templates that tell the date: or each day has other prompts
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]  # the best first
 
 
@@ -50,7 +52,7 @@ def refusing(what, remedy):
     """Whatever a missing, damaged or strange file leads to is BadInput that says what to do."""
     try:
         yield
-    except BadInput:
+    except (BadInput, PermissionError):
         raise
     except Exception as error:  # each library, and each sort of damage, has another
         raise BadInput(f"{what} ({error!r}); {remedy}") from error
@@ -155,7 +157,7 @@ class ReplacementMemory(nn.Module):
 
 def decoder_blocks(model):
     """The transformer blocks: the first ModuleList whose members all have an .mlp."""
-    for module in model.modules():
+    for module in model.get_decoder().modules():  # not of an encoder of images
         if isinstance(module, nn.ModuleList) and module and all(hasattr(b, "mlp") for b in module):
             return module
     raise BadInput(f"--model: {type(model).__name__} has no blocks with a feed-forward named .mlp")
@@ -173,12 +175,31 @@ def memory_state(model):
             if ".mlp.memory." in name or name.endswith(".mlp.alpha")}
 
 
+@torch.no_grad()
+def check_mlps(model, mlps):
+    """Refuse a model that does not call each of these once, as h (B, T, D) = mlp(x (B, T, D))."""
+    with refusing(f"--model: {type(model).__name__} cannot get a memory", "take another model"):
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError("part of it is offloaded")
+        calls = []
+        hooks = [mlp.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+                 for mlp in mlps]
+        model(torch.zeros(1, 3, dtype=torch.int64, device=model.device), use_cache=False)
+        [hook.remove() for hook in hooks]
+        if [mlp for mlp, *_ in calls] != mlps or not all(
+                len(x) == 1 and not more and type(h) is torch.Tensor and
+                x[0].shape == h.shape == (1, 3, model.config.get_text_config().hidden_size)
+                for _, x, more, h in calls):
+            raise ValueError("a block does not call h = mlp(x), once")
+
+
 def retrofit(model, layers, mode="additive", alpha=0.01, **shape):
     """Add a memory to the blocks `layers` of a Hugging Face decoder, freeze the rest -> the model.
     mode: "additive" or "replacement". shape: n_keys, heads, k_dim, top_k."""
     blocks = decoder_blocks(model)
     if not layers or sorted(set(layers) & set(range(len(blocks)))) != sorted(layers):
         raise BadInput(f"--layers {layers}: name layers from 0 to {len(blocks) - 1}, each once")
+    check_mlps(model, [blocks[layer].mlp for layer in sorted(layers)])
     model.requires_grad_(False)
     for layer in layers:
         mlp = blocks[layer].mlp
@@ -358,11 +379,18 @@ def load_base(name, dtype="float32", device="cpu"):
                   "language model, or use --preset tiny"):
         path = find(name, "model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True)
-        end, known = tokenizer.eos_token_id, model.get_input_embeddings().num_embeddings
-        if end is None or end >= known or not tokenizer("Who?")["input_ids"]:
-            raise ValueError("its tokenizer has no end token that the model knows, or no words")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
+        if tokenizer.chat_template:
+            tokenizer.chat_template = (f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
+                                       f"{tokenizer.get_chat_template()}")
+        known, extra = model.get_input_embeddings().num_embeddings, tokenizer.all_special_tokens
+        used = [id for token, id in tokenizer.get_vocab().items() if token not in extra]
+        used += [tokenizer.eos_token_id, *prompt_ids(tokenizer, "Who?")[0]]  # TypeError: no end
+        if max(used) >= known or not tokenizer("Who?")["input_ids"]:
+            raise ValueError("its tokenizer has tokens that the model does not have, or no words")
         return model.to(device).requires_grad_(False).eval(), tokenizer
 
 
@@ -404,6 +432,7 @@ def load(run, device="cpu"):
     run, config = Path(run), read_json(Path(run, "config.json"))
     with refusing(f"{run}: cannot be loaded", "the command that made it finishes it, or, after you "
                   "delete it, makes it again"):
+        open(run / "delta.safetensors").close()  # safetensors says "no such file" if it is locked
         delta = load_file(run / "delta.safetensors")
         if "parent" in config:
             parent = Path(os.path.normpath(run / config["parent"]))
@@ -423,21 +452,32 @@ def load(run, device="cpu"):
         return model.requires_grad_(False), tokenizer
 
 
+@contextmanager
 def start_run(run, config, args):
-    """Write config.json, or check that it says the same; "flags", all arguments, may differ."""
-    config = json.loads(json.dumps(config | {"flags": vars(args)}, default=str))
-    if RANK == 0 and (run / "config.json").exists():
-        old = read_json(run / "config.json")
+    """Write config.json, or check that it says the same; "flags", all arguments, may differ.
+    Another process that makes the same run waits until this one leaves the context."""
+    config = json.loads(json.dumps(config | {"date": DATE, "flags": vars(args)}, default=str))
+    if RANK > 0:
+        yield
+        return
+    file, free = run / "config.json", not run.exists() or run.is_dir() and all(
+        path.suffix == ".tmp" for path in run.iterdir())
+    if not file.exists() and (not free or run.name == "base" and vars(args)):
+        raise BadInput(f"--out {run}: is no run, or kept for the base; name another directory")
+    run.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            write_json(file, config)
+        old = read_json(file)
         other = [name for name in config if name != "flags" and config[name] != old.get(name)]
         if other:
             raise BadInput(f"--out {run}: was made with another {', '.join(other)}; give the same, "
                            f"name another directory, or delete this one")
-    elif RANK == 0:
-        free = not run.exists() or run.is_dir() and all(f.suffix == ".tmp" for f in run.iterdir())
-        if not free or run.name == "base" and vars(args):
-            raise BadInput(f"--out {run}: is no run, or kept for the base; name another directory")
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "config.json", config)
+        yield
+    finally:
+        os.close(lock)
 
 
 def save_checkpoint(run, step, **state):
@@ -474,7 +514,9 @@ def finish_run(run, delta):
     """Save what the run changed, {name: tensor}, and drop its checkpoint."""
     if RANK == 0:
         delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
-        write_atomic(run / "delta.safetensors", lambda path: save_file(delta, path))
+        mode = (run / "config.json").stat().st_mode  # safetensors writes for the owner alone
+        write_atomic(run / "delta.safetensors",
+                     lambda path: (save_file(delta, path), path.chmod(mode)))
         [path.unlink() for path in run.glob("checkpoint.pt*")]  # and what a kill left of one
 
 
@@ -504,6 +546,8 @@ def load_rows(flag, name, split, columns, optional=(), required=True):
         rows = datasets.load_dataset(kind, configuration, data_files=files or None,
                                      split="train" if files else split, **options)
         rows[0]  # raises if there is none
+        print(f"{flag} {name}: {len(rows)} rows of {split}",
+              f"in {', '.join(Path(file).name for file in files)}" * bool(files))
         return rows.select_columns([*columns, *(c for c in optional if c in rows.column_names)])
 
 
@@ -516,7 +560,7 @@ def prompt_ids(tokenizer, prompt):
     if tokenizer.chat_template is None:
         return tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"], " "
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                         add_generation_prompt=True)
+                                         add_generation_prompt=True, enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has its own
     return ids, "" if text[-1].isspace() else " "
 

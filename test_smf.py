@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ import train_sparse
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "results"))
-import cost, study  # noqa: E401, E402
+import architectures, cost, study  # noqa: E401, E402
 SHAPE = {"n_keys": 16, "heads": 2, "k_dim": 8, "top_k": 4}
 RETROFIT = ["--n-keys=32", "--top-k=4", "--examples=64", "--background=40", "--steps=4"]
 QUICK = ["--task=facts", "--eval-examples=2", "--eval-tokens=130", "--steps=6"]
@@ -547,11 +548,42 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(runs, tmp_path, monkeyp
     assert len(metrics(tmp_path / "killed")) == 5
 
 
-def test_a_run_in_a_linked_directory_finds_its_parent(runs, tmp_path):
-    """As where out is a link to a larger disk."""
+@pytest.mark.parametrize("link", ["out", "out/run"])
+def test_a_run_in_a_linked_directory_finds_its_parent(runs, tmp_path, link):
+    """As where out, or the run itself, is a link to a larger disk."""
     (tmp_path / "a/larger/disk").mkdir(parents=True)
-    (tmp_path / "out").symlink_to(tmp_path / "a/larger/disk")
-    assert smf.load(sparse(runs / "additive", tmp_path / "out/run", "--steps=1"))
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "a/larger/disk")
+    out = sparse(runs / "additive", tmp_path / "out/run", "--steps=1")
+    assert smf.load(out) and len(evaluated(out)) == 1
+
+
+def test_two_commands_at_once_that_make_the_same_run_make_it_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, str(ROOT / "train_retrofit.py"), *RETROFIT, "--save-every=1"]
+    both = [subprocess.Popen([*command, "--out=run"], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("is finished already" in text for text in said) == [False, True]
+    run(train_retrofit, *RETROFIT, "--save-every=1", "--out=alone")
+    assert same_files(Path("run"), Path("alone"))
+
+
+def test_weights_may_be_read_by_those_who_may_read_their_neighbours(runs, capsys):
+    """And if they may not, the line says so. (Root may read all files: it becomes nobody.)"""
+    config, weights = (runs / "tfidf" / name for name in ("config.json", "delta.safetensors"))
+    assert config.stat().st_mode == weights.stat().st_mode
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as path:
+        shutil.copytree(runs / "additive", f"{path}/run")
+        os.chmod(path, 0o755)
+        os.chmod(f"{path}/run/delta.safetensors", 0)
+        os.seteuid(user or 65534)
+        try:
+            assert "Permission denied" in refused(capsys, evaluation, f"{path}/run", "--ask=Who?")
+        finally:
+            os.seteuid(user)
 
 
 def test_the_same_command_prints_its_table_again_and_trains_no_more(runs, tmp_path, capsys):
@@ -588,13 +620,27 @@ def test_generate_with_cache_gives_the_tokens_of_without(runs, name):
     assert type(model) is type(smf.load_base("tiny/model")[0]) and not model.training
 
 
-def test_a_model_cast_to_bfloat16_still_works():
-    model, ids = small_smf(), torch.randint(3, 50, (2, 9))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_was_cast_still_works(runs, dtype):
+    model, _ = smf.load(runs / "tfidf")
+    ids = torch.randint(3, 50, (2, 9))
     before = model(ids).logits
-    after = model.bfloat16()(ids).logits
-    assert after.dtype == torch.bfloat16
-    assert (after - before).norm() < 0.1 * before.norm()
+    after = model.to(dtype)(ids).logits
+    assert after.dtype == dtype and (after - before).norm() < 0.1 * before.norm()
     assert model.generate(ids, max_new_tokens=4, eos_token_id=None).shape == (2, 13)
+    model.requires_grad_(True)
+    library_loss(model, examples(4)).backward()
+    assert all(memory.collect()[3].any() for memory in smf.memories(model).values())
+
+
+def test_the_librarys_own_trainer_trains_in_bfloat16(tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = small_smf(), torch.randint(3, 50, (8,)).tolist()
+    before, rows = state_of(model), [{"input_ids": ids, "labels": ids}] * 8
+    args = transformers.TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to=[],
+                                          max_steps=2, save_strategy="no", disable_tqdm=True)
+    transformers.Trainer(model, args, train_dataset=rows).train()
+    assert any(not torch.equal(before[name], p) for name, p in smf.memory_state(model).items())
 
 
 def test_autocast_reads_the_same_rows():
@@ -644,6 +690,58 @@ def test_a_bfloat16_base_keeps_float32_memories_in_the_layers_asked_for(tmp_path
     added = smf.memory_state(model)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name in added else torch.bfloat16), name
+
+
+# Other people's models
+
+@pytest.mark.parametrize("name, word", [
+    ("qwen3_moe", "passes"), ("mixtral", "passes"), ("gemma3", "passes"), ("olmo2", "passes"),
+    ("gpt_oss", "refused"), ("hrm_text", "refused"), ("opt", "refused")])
+def test_a_model_of_another_family_gets_a_working_memory_or_is_refused(name, word):
+    """gemma3: that of the text, not of the images. gpt_oss: its MLP returns a tuple. hrm_text: it
+    runs its blocks several times. results/architectures.py tries all families."""
+    model = architectures.tiny_model(transformers.CONFIG_MAPPING[name], {})
+    assert architectures.attempt(model).startswith(word)
+    assert not any("vision" in name for name in smf.memories(model))
+
+
+def test_a_model_that_is_partly_offloaded_is_refused():
+    with pytest.raises(smf.BadInput, match="offloaded"):
+        smf.retrofit(small_model().to("meta"), [1], **SHAPE)
+
+
+def test_lora_says_what_it_does_not_adapt(capsys):
+    baselines.add_lora(small_model())
+    assert capsys.readouterr().out == ""
+    model = architectures.tiny_model(transformers.Qwen3MoeConfig, {})
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    baselines.add_lora(model)
+    assert f"WARNING: LoRA does not adapt {experts:,} weights" in capsys.readouterr().out
+
+
+def test_a_dated_template_that_thinks_is_always_asked_on_one_day_without_thinking(tmp_path):
+    model = altered_model(tmp_path / "model", lambda path: (
+        path / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"))
+    _, tokenizer = smf.load_base(model)
+    assert tokenizer.decode(smf.prompt_ids(tokenizer, "Who?")[0]) == "26 Jul 2024: Who?"
+    run(train_retrofit, *RETROFIT, f"--model={model}", f"--out={tmp_path / 'run'}", "--steps=0")
+    assert smf.read_json(tmp_path / "run/config.json")["date"] == "26 Jul 2024"
+
+
+def test_there_is_room_for_the_longest_answer_and_a_cut_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    answer = "violin and flute and harp and poet and baker and " * 6
+    facts(fact(value=answer))()
+    run(baselines, *DATA, *QUICK[:1], "--method=full", "--steps=40", "--lr=3e-3", "--out=run",
+        "--eval-tokens=130", "--eval-examples=2", "--warmup=0")
+    (result,) = json.loads(Path("run/eval.json").read_text()).values()
+    assert result["target"]["value"] == 1 and "cut there" not in capsys.readouterr().out
+    model, tokenizer = smf.load("run")
+    model.config.max_position_embeddings = 60
+    evaluation.open_questions(model, tokenizer, [evaluation.Question("Who?", answer, [answer])])
+    assert "answers of more than 30 tokens" in capsys.readouterr().out
 
 
 # Stage 1
@@ -782,6 +880,7 @@ def test_a_collapsed_memory_is_warned_of(capsys):
     args = SimpleNamespace(micro_batch_size=4, device="cpu")
     train_retrofit.measure(model, data, args)
     assert "WARNING" not in capsys.readouterr().out
+    model = small_smf()
     first, second = smf.memories(model).values()
     first.query.weight.data.zero_()  # now all tokens ask the same
     train_retrofit.measure(model, data, args)
@@ -1086,6 +1185,7 @@ def test_answered_after_normalisation():
     assert evaluation.answered("It is O’Hare", ["O'Hare"])
     assert evaluation.answered("It is Rome", ["Paris", "ROME"])  # any alias answers
     assert not evaluation.answered("It is the Rome", ["Paris", "", "the"])  # nothing is left of it
+    assert evaluation.answered("Orl\u00e9ans", ["Orle\u0301ans"])  # composed or not
 
 
 # Runs and their tables
@@ -1268,11 +1368,12 @@ def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path)
     assert {q.source for q in later.target} == {0, 1}
 
 
-def test_notes_in_a_txt_and_questions_in_a_csv_are_a_stream(tmp_path):
+def test_notes_in_a_txt_and_questions_in_a_csv_are_a_stream(tmp_path, capsys):
     write_rows(tmp_path / "notes/train.txt.bak", ["old"])
     (tmp_path / "notes/train.txt").write_text("The shop opens\nat nine.\n\n\nIt has a cat.\n")
     (tmp_path / "notes/test.csv").write_text("question,answer,source\nWhen?,9,1\nWhat?,NA,2\n")
     data = load_data(f"--stream-data={tmp_path / 'notes'}")
+    assert f"{tmp_path / 'notes'}: 2 rows of train in train.txt\n" in capsys.readouterr().out
     assert [q.answer for q in data.train] == ["The shop opens\nat nine.", "It has a cat."]
     assert [(q.prompt, q.answer, q.source) for q in data.target] == [
         ("When?", "9", 0), ("What?", "NA", 1)]
@@ -1331,7 +1432,7 @@ def test_four_days_are_one_stream_and_the_last_one_can_be_undone(runs, tmp_path,
 
 
 def test_a_question_is_answered_by_all_that_a_run_is_based_on(runs, capsys):
-    question = knowledge_questions(1)[0]
+    question, _ = knowledge_questions(1)[0], capsys.readouterr()
     evaluation.main([str(runs / "tfidf"), f"--ask={question.prompt}"])
     lines = capsys.readouterr().out.splitlines()
     assert question.prompt in lines[0] and len(lines) == 5
@@ -1617,6 +1718,7 @@ GOOD = [  # odd but good
     ("sparse", STREAM, lambda: stream(Path("data"), [LONG, "B."], source=["x", 3])),
     ("sparse", DATA, facts(fact("Who? <|end|> \u0000 \U0001f600", aliases=["", None]))),
     ("sparse", DATA, facts(fact(), fact("And who?"), fact(LONG, LONG))),
+    ("sparse", DATA, facts(fact(value=0), fact("When?", 1945))),
     ("sparse", CHOICES, choices(choice(opd="", question=LONG, opa=LONG))),
     ("sparse", ["--eval-tokens=2", "--top-t=99999"], lambda: None),
     ("baselines", ["--model=model"], lambda: altered_model(Path("model"), lambda path: (
@@ -1645,7 +1747,22 @@ BAD_MODELS = [  # what is changed in a model's directory
     lambda path: (torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin"),
                   (path / "model.safetensors").unlink()),
     lambda path: rewrite(path / "tokenizer_config.json", lambda c: c.pop("eos_token")),
+    lambda path: rewrite(path / "model.safetensors", lambda t: t.pop(UP)),
+    lambda path: smf.retrofit(smf.load_base(path)[0], [1], **SHAPE).save_pretrained(path),
+    lambda path: rewrite(path / "config.json", lambda c: c.update(quantization_config={
+        "quant_method": "bitsandbytes", "load_in_4bit": True})),
+    lambda path: add_token(path, "Lilton"),
+    lambda path: (path / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
+    lambda path: ((path / "chat_template.jinja").unlink(), rewrite(
+        path / "tokenizer_config.json", lambda c: c.update(chat_template=[
+            {"name": "tool_use", "template": "{{ messages[0].content }}"}]))),
 ]
+
+
+def add_token(path, token):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(path)
 
 
 @pytest.mark.parametrize("change", BAD_MODELS)

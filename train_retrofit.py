@@ -182,16 +182,16 @@ def main(argv=None):
     config = {"base": smf.base_name(args.model), "parent_sha256": base, "dtype": args.dtype,
               "memory": memory, "steps": steps,
               "data": smf.sha256(json.dumps([general, examples]).encode()).hexdigest()}
-    smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
-    if smf.finished(run):
-        return print(f"stage 1: {run} is finished already")
-    print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")
-    if not (run / "checkpoint.pt").exists():
-        batches = list(collated(chats, args, "calibrate"))
-        calibrate(model, [mlps[layer] for layer in layers], batches, args)
-    train(model, smf.batches(examples, args.batch_size, args.seed, steps), run, args)
-    measure(model, general, args)
-    smf.finish_run(run, smf.memory_state(model))
+    with smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args):
+        if smf.finished(run):
+            return print(f"stage 1: {run} is finished already")
+        print(f"stage 1: {args.mode}, {steps} steps, {len(examples)} chats -> {run}")
+        if not (run / "checkpoint.pt").exists():
+            batches = list(collated(chats, args, "calibrate"))
+            calibrate(model, [mlps[layer] for layer in layers], batches, args)
+        train(model, smf.batches(examples, args.batch_size, args.seed, steps), run, args)
+        measure(model, general, args)
+        smf.finish_run(run, smf.memory_state(model))
 
 
 if __name__ == "__main__":

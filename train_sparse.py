@@ -174,12 +174,12 @@ def main(argv=None):
     plan, data_sha256 = evaluation.training_plan(model, tokenizer, data, args)
     config = {"parent": os.path.relpath(parent, run), "steps": len(plan), "data": data_sha256,
               "parent_sha256": smf.run_sha256(parent)}
-    smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args)
-    if smf.WORLD_SIZE > 1:
-        dist.barrier()  # the first process has written or refused it
-    if not smf.finished(run):
-        print(f"stage 2: {args.task}, {args.scorer}, {len(plan)} steps -> {run}")
-        smf.finish_run(run, train(model, plan, run, args, tokenizer, data))
+    with smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args):
+        if smf.WORLD_SIZE > 1:
+            dist.barrier()  # the first process has written or refused it
+        if not smf.finished(run):
+            print(f"stage 2: {args.task}, {args.scorer}, {len(plan)} steps -> {run}")
+            smf.finish_run(run, train(model, plan, run, args, tokenizer, data))
     if smf.RANK == 0:
         print(evaluation.report(run, data, args))
     if smf.WORLD_SIZE > 1:
