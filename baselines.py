@@ -7,6 +7,7 @@ LoRA: [Hu21] arXiv 2106.09685. The loop is that of train_sparse.py, but for what
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024,
                   micro_batch_size=4, save_every=200, oasst_data="OpenAssistant/oasst1"),
 }
-# tiny: chosen in results/README.md. paper: usual rates, left as they are.
+# tiny: chosen in results/README.md, for shuffled facts. paper: usual rates, left as they are.
 LEARNING_RATE = {"tiny": {"lora": 1e-3, "full": 2e-4}, "paper": {"lora": 3e-4, "full": 3e-5}}
 DECISIVE = ("method", "task", "seed", "batch_size", "passes", "warmup", "ask_every", "optimizer",
             "lr", "replay")
@@ -67,8 +68,6 @@ def train(model, plan, run, args, tokenizer, data):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.optimizer]
     optimizer = kind(trained.values(), weight_decay=0.0)
-    chats = train_retrofit.general_chats(args) if args.replay else []
-    general = smf.encode_all(tokenizer, chats, args.max_length)
     done, state = smf.load_checkpoint(run)
     if state:
         model.load_state_dict(state["model"], strict=False)
@@ -77,11 +76,9 @@ def train(model, plan, run, args, tokenizer, data):
 
     for step in tqdm(range(done, len(plan)), initial=done, total=len(plan)):
         asked = evaluation.ask_along(model, tokenizer, data, step, args)
-        batch = plan[step] + [general[(step * args.replay + i) % len(general)]
-                              for i in range(args.replay)]
         torch.manual_seed(1_000_003 * args.seed + step)  # of dropout
         with torch.autocast(args.device, torch.bfloat16, enabled=mixed):
-            loss, _ = smf.backward(model, batch, args.micro_batch_size)
+            loss, _ = smf.backward(model, plan[step], args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
         factor = 1.0 if args.task == "stream" else smf.learning_rate(step, len(plan), args.warmup)
         lr = factor * args.lr
@@ -129,6 +126,14 @@ def main(argv=None):
     dtype = args.dtype if lora else "float32"
     model, tokenizer = smf.load_base(args.model, dtype, args.device)
     plan, data_sha256 = evaluation.training_plan(model, tokenizer, data, args)
+    if args.replay:  # the next general chats are in every batch, too
+        chats = train_retrofit.general_chats(args)[:len(plan) * args.replay]
+        chats = smf.encode_all(tokenizer, chats, args.max_length)
+        if not chats:
+            raise smf.BadInput(f"--oasst-data {args.oasst_data}: has no reply of the assistant")
+        data_sha256 = smf.sha256((data_sha256 + json.dumps(chats)).encode()).hexdigest()
+        plan = [batch + [chats[(step * args.replay + i) % len(chats)] for i in range(args.replay)]
+                for step, batch in enumerate(plan)]
     config = {"base": smf.base_name(args.model), "parent_sha256": smf.weights_sha256(model),
               "dtype": "float32", "trained_in": args.dtype, "steps": len(plan),
               "data": data_sha256}

@@ -45,8 +45,8 @@ def add_flags(parser):
         ".txt of paragraphs. Its test split asks for it")
     add("--facts-data", help="facts to learn, in the layout of TriviaQA")
     add("--medmcqa-data", help="four-choice questions to learn, in the layout of MedMCQA")
-    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"),
-        help="learn these sources, facts or questions only, counted from 0, without END (all)")
+    add("--sources", type=int, nargs=2, metavar=("FIRST", "END"), help="learn these sources, facts "
+        "or questions only, counted from 0, without END (all); asked are those before them, too")
     add("--passes", type=int, help="stream: steps for each source")
     add("--epochs", type=int, help="shuffled: times that each example is seen")
     add("--steps", type=int, help="steps, instead of epochs or the whole stream")
@@ -89,8 +89,9 @@ def load_questions(flag, name, split, told=False, required=True):
     for number, row in enumerate(rows, 1):
         answer = row["text" if told else "answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
-        prompt, value = row.get("prompt" if told else "question"), answer.get("value")
-        value = "" if value is None else str(value)
+        prompt = row.get("prompt") or None if told else row["question"]
+        value = answer.get("value")
+        value = str(value) if isinstance(value, (str, int, float)) else ""
         source, none = row.get("source", row.get("question_id")), told and prompt is None
         if not (value.strip() and (none or isinstance(prompt, str) and prompt.strip()) and
                 (source not in (None, "") or "source" not in row)):
@@ -117,17 +118,20 @@ def load_sources(args):
     place = {id: i for i, id in enumerate(dict.fromkeys(id for id, _ in rows))}
     first, end = args.sources or (0, len(place))
     if not 0 <= first < end <= len(place):
-        raise smf.BadInput(f"--sources {first} {end}: {name} has {len(place)}")
+        raise smf.BadInput(f"--sources {first} {end}: of the {len(place)} of {name} there are none")
     asked = [] if args.split == taught else load_questions(flag, name, args.split, required=False)
-    asked = asked if asked or stream else rows
+    if not asked:
+        print(f"{flag} {name}: no wordings of a split {args.split} are there to ask")
+        asked = [] if stream else rows
     if stream and (unknown := {id for id, _ in asked} - {*place, None}):
         raise smf.BadInput(f"{flag} {name}: {args.split} asks about the source {min(unknown)}, "
                            f"which train does not have; mend or remove the question")
     train = [q._replace(source=place[id]) for id, q in rows if first <= place[id] < end]
     target = [q._replace(source=place.get(id)) for id, q in asked
               if id is None or place.get(id, end) < end]
-    if stream:  # if they are too many, evenly from the oldest to the newest
-        target = target[::-(-len(target) // args.eval_examples) or 1]
+    if stream and len(target) > args.eval_examples:  # some, from the first to the last
+        places = torch.linspace(0, len(target) - 1, args.eval_examples).tolist()
+        target = [target[round(place)] for place in places]
     return train, target
 
 
@@ -181,8 +185,9 @@ def training_plan(model, tokenizer, data, args):
         raise smf.BadInput(f"--window {args.window}, --stride {args.stride}: give a window of at "
                            f"most {context_length(model)} tokens, and a stride of less")
     examples = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
-    if not all(start < len(ids) for ids, start in examples):
-        raise smf.BadInput(f"--{args.task}-data: a text has but one token, and so none to predict")
+    for q, (ids, start) in zip(data.train, examples):
+        if start == len(ids):
+            raise smf.BadInput(f"--{args.task}-data: {q.answer!r} is one token: none to predict")
     if args.task == "stream":
         sources = {}  # {source: its rewordings}
         for q, example in zip(data.train, examples):
@@ -297,9 +302,9 @@ def multiple_choice(model, tokenizer, questions):
     return [q.options[i] == q.answer for q, i in zip(questions, best)]
 
 
-def quarters(questions, right):
-    """{"oldest": share answered of the first quarter of the sources, "newest": of the last}"""
-    end = 1 + max((q.source for q in questions if q.source is not None), default=0)
+def quarters(questions, right, told):
+    """{"oldest": share answered of the first quarter of the sources told, "newest": of the last}"""
+    end = 1 + max(q.source for q in told)
     n, found = -(-end // 4), {}
     for name, part in (("oldest", range(n)), ("newest", range(end - n, end))):
         if own := [r for q, r in zip(questions, right) if q.source in part]:
@@ -309,24 +314,24 @@ def quarters(questions, right):
 
 def evaluate(model, tokenizer, data, args):
     """All measures of a model -> {measure: mean(...)}, the answers, which knowledge is right."""
-    result, answers = {}, {}
+    result, answers, rights, told = {}, {}, {}, data.train
     for name in ("target", "untaught", "knowledge"):
         questions = getattr(data, name)
         if questions and questions[0].options:
             result[name] = mean(multiple_choice(model, tokenizer, questions))
         elif questions:
-            answers[name], right, likelihood = open_questions(model, tokenizer, questions)
-            result[name], result[f"{name} LL"] = mean(right), mean(likelihood)
+            answers[name], rights[name], likelihood = open_questions(model, tokenizer, questions)
+            result[name], result[f"{name} LL"] = mean(rights[name]), mean(likelihood)
         if name == "target" and args.task == "stream":
-            told = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
-            result |= quarters(questions, right) if questions else {
-                "target LL": mean(log_likelihoods(model, told))}
+            texts = smf.encode_all(tokenizer, [q[:2] for q in told], args.window)
+            result |= quarters(questions, rights[name], told) if questions else {
+                "target LL": mean(log_likelihoods(model, texts))}
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
     first = smf.prompt_ids(tokenizer, None)[0]
     loss = mean(token_losses(model, tokens, args.window, args.stride, first))
     perplexity = math.exp(loss["value"])
     result["perplexity"] = loss | {"value": perplexity, "stderr": perplexity * loss["stderr"]}
-    return result | {"knowledge right": right, "answers": answers}
+    return result | {"knowledge right": rights["knowledge"], "answers": answers}
 
 
 def ask_along(model, tokenizer, data, step, args):
@@ -441,7 +446,7 @@ def main(argv=None):
     given = {name: value for name, value in vars(args).items() if value is not None}
     found = sorted(Path("out").glob("*/*/delta.safetensors"))
     runs = given.pop("runs") or [path.parent for path in found]
-    if args.ask and runs:
+    if args.ask is not None and runs:
         return print(ask(runs, args.ask, args))
     tables = {}  # {settings: (data, {run: cells})}: another table for another way to measure
     for run in runs:
@@ -450,10 +455,15 @@ def main(argv=None):
             own = argparse.Namespace(**flags | given)
             key = ", ".join(f"{name} {value}" for name in SETTINGS
                             if (value := vars(own)[name]) is not None)
-            if key not in tables:
-                tables[key] = load_data(own), {}
-            data, rows = tables[key]
-            rows |= {part: row(part, data, own) for part in (parent_of(run), run)}
+            try:
+                if key not in tables:
+                    tables[key] = load_data(own), {}
+                data, rows = tables[key]
+                rows |= {part: row(part, data, own) for part in (parent_of(run), run)}
+            except smf.BadInput as error:
+                if args.runs:
+                    raise
+                print(f"{run} is left out: {error}")  # as when its parent is undone
     for settings, (_, rows) in tables.items():
         print(f"\n{settings}\n\n{table(rows)}")
     if not tables:

@@ -55,7 +55,7 @@ def refusing(what, remedy):
     except (BadInput, PermissionError):
         raise
     except Exception as error:  # each library, and each sort of damage, has another
-        raise BadInput(f"{what} ({error!r}); {remedy}") from error
+        raise BadInput(f"{what} ({error.__cause__ or error!r}); {remedy}") from error
 
 
 # 1. The memory
@@ -293,8 +293,8 @@ class RowOptimizer:
         self.index = torch.full((len(values),), -1, device=values.device)  # (N,) row -> its index
         self.number = 0  # of rows ever selected; there is room for more, of size R
         self.rows = self.index[:0]  # (R,) the index of a row is its place here
-        self.age = values.detach()[:0, :1]  # (R, 1)
-        self.m = self.v = values.detach()[:0, :None if kind == "adamw" else 0]  # (R, D)
+        self.age = values.new_zeros(0, 1)  # (R, 1)
+        self.m = self.v = values.new_zeros(0, values.shape[1] * (kind == "adamw"))  # (R, D)
 
     def indices(self, rows):
         """The indices of these rows (t,); a row selected for the first time gets a new one."""
@@ -322,7 +322,8 @@ class RowOptimizer:
 
     def state_dict(self):
         """All that it needs to go on, the rows that it has changed included."""
-        state = {name: getattr(self, name)[:self.number] for name in ("rows", "m", "v", "age")}
+        state = {name: getattr(self, name)[:self.number].clone()  # or torch.save stores all of it
+                 for name in ("rows", "m", "v", "age")}
         return state | {"values": self.values[state["rows"]]}
 
     @torch.no_grad()
@@ -531,17 +532,21 @@ FORMATS = {".jsonl": ("json", {}), ".json": ("json", {}), ".parquet": ("parquet"
 
 def load_rows(flag, name, split, columns, optional=(), required=True):
     """A split of a data set with these columns: a file, a directory or a hub name[:configuration].
-    In a directory, its files are those named after it; a file is a train split. A row of a .txt is
-    a paragraph, in the column text. [] if the data set has no such split, and none is required."""
+    In a directory, its files are those named SPLIT.* or SPLIT-*; a file is a train split. A row of
+    a .txt is a paragraph, in the column text. [] if there is no such split, and none is required.
+    """
     path, _, configuration = name.partition(":")
     with refusing(f"{flag} {name}: split {split} cannot be read",
-                  f"name a data set with these columns: {', '.join(columns)}"):
+                  f"name {', '.join(FORMATS)} with these columns: {', '.join(columns)}"):
         path, configuration = Path(find(path, "dataset")), configuration or None
-        files = [path] * (split == "train") if path.is_file() else sorted(path.glob(f"{split}*"))
+        files = sorted(path.glob(f"{split}[.-]*"))
+        files = [path] * (split == "train") if path.is_file() else files
         files = [str(file) for file in files if file.suffix in FORMATS]
         if not (required or files) and (path.exists() or split not in
                                         datasets.get_dataset_split_names(str(path), configuration)):
             return []
+        if len({Path(file).suffix for file in files}) > 1:
+            raise ValueError(f"its files are of different kinds: {files}")
         kind, options = FORMATS[Path(files[0]).suffix] if files else (str(path), {})
         rows = datasets.load_dataset(kind, configuration, data_files=files or None,
                                      split="train" if files else split, **options)
@@ -678,6 +683,7 @@ def script(main):
     """Run main(); bad input ends it with one line and exit code 2, like argparse's own errors."""
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are told here, in one line
     began = time.perf_counter()
     try:
         main()

@@ -252,10 +252,11 @@ def test_the_scorers_are_pure_and_equal_to_numbers_by_hand():
 def test_the_entropy_of_reads_orders_rows_as_their_counts_do():
     """Another score that is proposed: -p log p rises with p below 1/e. So it is the control count,
     unless a row gets more than a third of all reads."""
-    p = torch.randint(1, 1000, (300,), generator=torch.Generator().manual_seed(0)).double()
-    p = p / p.sum()
-    assert p.max() < 1 / math.e and torch.equal(p.argsort(stable=True),
-                                                torch.special.entr(p).argsort(stable=True))
+    counts = torch.randint(1, 1000, (300,), generator=torch.Generator().manual_seed(0))
+    p = counts / counts.sum()
+    assert p.max() < 1 / math.e and all(torch.equal(
+        smf.top_rows(torch.special.entr(p), counts, t), smf.top_rows(counts.float(), counts, t))
+        for t in (1, 10, 100, 300))
 
 
 SCORES = {
@@ -305,7 +306,8 @@ def test_random_rows_are_drawn_anew_at_every_step_and_seed():
 
 @pytest.mark.parametrize("flags", [
     ["--optimizer=adamw"], ["--scorer=kl", "--train-alpha", "--optimizer=adamw"],
-    ["--scorer=count"], ["--scorer=all"], ["--scorer=random"]], ids=" ".join)
+    ["--scorer=count"], ["--scorer=all"], ["--scorer=random", "--task=stream"],
+    ["--scorer=gradient", "--task=stream"]], ids=" ".join)
 def test_every_step_changes_the_rows_it_selects_and_nothing_else(runs, tmp_path, flags):
     model, tokenizer = smf.load(runs / "additive")
     args = train_sparse.parse([*QUICK, "--top-t=20", *flags])
@@ -418,8 +420,8 @@ def same_update(run, other, parent):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--optimizer=adamw", "--lr=0.001"], ["--scorer=kl", "--train-alpha", "--lr=0.01"]],
-    ids=" ".join)
+    ["--optimizer=adamw", "--lr=0.001"], ["--scorer=kl", "--train-alpha", "--lr=0.01"],
+    ["--scorer=gradient", "--task=stream"]], ids=" ".join)
 def test_micro_batches_change_nothing(runs, tmp_path, flags):
     for size in (16, 4, 1):
         sparse(runs / "additive", tmp_path / str(size), f"--micro-batch-size={size}", "--top-t=50",
@@ -428,10 +430,10 @@ def test_micro_batches_change_nothing(runs, tmp_path, flags):
     assert same_update(tmp_path / "16", tmp_path / "1", runs / "additive")
 
 
-@pytest.mark.parametrize("task", ["facts", "stream"])
-def test_two_processes_are_one_batch(runs, tmp_path, task):
-    flags = [f"--parent={runs / 'additive'}", "--scorer=kl", "--train-alpha", "--lr=0.01", *QUICK,
-             f"--task={task}", "--steps=3", "--micro-batch-size=4", "--save-every=1"]
+@pytest.mark.parametrize("task, scorer", [("facts", "kl"), ("stream", "gradient")])
+def test_two_processes_are_one_batch(runs, tmp_path, task, scorer):
+    flags = [f"--parent={runs / 'additive'}", f"--scorer={scorer}", "--train-alpha", "--lr=0.01",
+             *QUICK, f"--task={task}", "--steps=3", "--micro-batch-size=4", "--save-every=1"]
     run(train_sparse, *flags, f"--out={tmp_path / 'one'}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "train_sparse.py"), *flags, f"--out={tmp_path / 'two'}"]
@@ -532,7 +534,7 @@ print(died)
 
 @pytest.mark.parametrize("name, flags", [
     ("sparse", ["--parent=additive", "--train-alpha", "--optimizer=adamw", *QUICK]),
-    ("retrofit", [*RETROFIT, "--lr=0.01"]), ("lora", ["--method=lora", *QUICK]),
+    ("retrofit", [*RETROFIT, "--lr=0.01"]), ("lora", ["--method=lora", "--replay=2", *QUICK]),
     ("sparse", ["--parent=additive", *QUICK, "--task=stream", "--passes=2", "--ask-every=1"])])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(runs, tmp_path, monkeypatch, name, flags):
     shutil.copytree(runs / "additive", tmp_path / "additive")
@@ -1385,10 +1387,12 @@ def test_the_oldest_and_the_newest_quarter_are_of_the_sources():
     def ask(*sources):
         return [evaluation.Question("?", "!", source=source) for source in sources]
 
-    found = evaluation.quarters(ask(7, 0, 1, 2, 5, 6, None), [1, 1, 0, 0, 0, 0, 1])
+    right = [1, 1, 0, 0, 0, 0, 1]
+    found = evaluation.quarters(ask(7, 0, 1, 2, 5, 6, None), right, ask(4, 7))
     assert (found["oldest"]["value"], found["oldest"]["n"]) == (0.5, 2)
     assert (found["newest"]["value"], found["newest"]["n"]) == (0.5, 2)
-    assert evaluation.quarters(ask(None), [1]) == {}
+    assert evaluation.quarters(ask(0, 1, None), [1, 0, 1], ask(19)).keys() == {"oldest"}
+    assert evaluation.quarters(ask(None), [1], ask(0)) == {}
 
 
 def test_asking_along_a_stream_changes_nothing_and_asks_what_was_told(runs, tmp_path):
@@ -1429,6 +1433,18 @@ def test_four_days_are_one_stream_and_the_last_one_can_be_undone(runs, tmp_path,
     for damage in (lambda path: rewrite(path / "delta.safetensors", dict.popitem), shutil.rmtree):
         damage(tmp_path / "day1")
         assert "day1" in refused(capsys, evaluation, tmp_path / "day3", "--ask=Who?")
+
+
+def test_a_run_whose_parent_is_gone_does_not_hide_the_others(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for day, parent in ((1, runs / "additive"), (2, "out/a/day1"), (3, runs / "additive")):
+        sparse(parent, Path(f"out/a/day{day}"), "--steps=1")
+    shutil.rmtree("out/a/day1")
+    capsys.readouterr()
+    evaluation.main([])
+    said = capsys.readouterr().out
+    assert "out/a/day2 is left out: out/a/day1" in said and "| out/a/day3 |" in said
+    assert "day1" in refused(capsys, evaluation, "out/a/day2")
 
 
 def test_a_question_is_answered_by_all_that_a_run_is_based_on(runs, capsys):
@@ -1602,7 +1618,8 @@ BAD += [  # script, flags, a word of the line, what is broken first
         "--lr=2 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl "
         "--optimizer=adamw").split()),
     *(("baselines", ["--out=lora", *QUICK, flag], "another") for flag in (
-        "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --micro-batch-size=2").split()),
+        "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --micro-batch-size=2 --replay=1"
+    ).split()),
     ("sparse", ["--parent=replacement", "--train-alpha"], "--train-alpha"),
     ("retrofit", ["--mode=replacement", "--alpha=1"], "--alpha"),
     ("sparse", ["--parent=tfidf"], "tfidf", unfinished()),
@@ -1629,11 +1646,18 @@ BAD += [  # script, flags, a word of the line, what is broken first
       for word, rows, more in (
         ("row 2", [["A.", " "]], {}), ("row 2", [["A.", None]], {}),
         ("row 6000", [["A."] * 5999 + [""] + ["A."] * 4000], {}),
-        ("row 1", [["A.", "B."]], {"source": [None, "x"]}),
-        ("row 2", [["A.", "B."]], {"prompt": ["Say.", ""]}),
+        ("row 1", [["A.", "B."]], {"source": [None, "x"]}), ("row 1", [[["A.", "B."]]], {}),
+        ("row 2", [["A.", "B."]], {"prompt": ["Say.", " "]}),
         ("source y", [["A."]], {"source": ["x"], "questions": [fact(source="y")]}),
         ("row 1 of test", [["A."]], {"source": ["x"], "questions": [fact(source=None)]}))),
-    ("sparse", STREAM, "one token", lambda: stream(Path("data"), ["A", "B."])),
+    ("sparse", STREAM, "'A' is one token", lambda: stream(Path("data"), ["A", "B."])),
+    ("sparse", STREAM, "of different kinds", lambda: [
+        stream(Path("data")), Path("data/train.txt").write_text("A.")]),
+    ("sparse", ["--task=stream", "--sources", "3", "3"], "--sources 3 3"),
+    ("baselines", ["--replay=2", "--oasst-data=data", *QUICK], "no reply", lambda: write_rows(
+        Path("data/train.jsonl"), [dict(zip(CHAT, ("1", None, "prompter", "Hi")))])),
+    ("retrofit", ["--background-data=data", *RETROFIT], "0 texts", lambda: stream(
+        Path("data"), ["", ""])),
     ("sparse", [*STREAM, "--sources", "0", "9"], "--sources", lambda: stream(Path("data"))),
     ("sparse", ["--task=stream", "--stream-data=nowhere"], "--stream-data"),
     ("sparse", ["--task=stream", "--preset=paper"], "--stream-data"),

@@ -174,10 +174,11 @@ def main(argv=None):
     if args.background_data:
         rows = smf.load_rows("--background-data", args.background_data, "train", ("text",),
                              ("prompt",))
-        general = smf.encode_all(tokenizer, [(row.get("prompt"), row["text"]) for row in rows
-                                             if row["text"]][:args.background], args.max_length)
-    if len(examples) < args.batch_size:
-        raise smf.BadInput(f"--oasst-data, --examples: {len(examples)} are left to train on")
+        texts = [(row.get("prompt") or None, str(row["text"])) for row in rows if row["text"]]
+        general = smf.encode_all(tokenizer, texts[:args.background], args.max_length)
+    if not general or len(examples) < args.batch_size:
+        raise smf.BadInput(f"--oasst-data, --examples, --background-data: {len(examples)} chats to "
+                           f"train on and {len(general)} texts for the background are left")
     steps = args.epochs * (len(examples) // args.batch_size) if args.steps is None else args.steps
     config = {"base": smf.base_name(args.model), "parent_sha256": base, "dtype": args.dtype,
               "memory": memory, "steps": steps,

@@ -1,6 +1,6 @@
 """Run a study: every method at every rate, the rate chosen on validation, tables and figures.
 
-    python results/study.py tiny-stream         # about an hour on two cores
+    python results/study.py tiny-stream         # an hour and a half on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
     python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
                                                 # or smollm2-medmcqa; a day or two
@@ -51,17 +51,18 @@ FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer 
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
 FLAGS |= {word: f"--scorer {word}" for word in (*SCORERS, "all")}
 STREAM = {  # {rates: conditions}
-    "0.03 0.1 0.3": "full-sgd full-sgd-replay8 additive-all-n128 additive-all-n512 " + " ".join(
-        f"additive-{name}-t500" for name in [f"{scorer}-n512" for scorer in SCORERS] + [
+    "0.03 0.1 0.3": "full-sgd full-sgd-replay8 lora-sgd additive-all-n128 additive-all-n512 " + (
+        " ").join(f"additive-{name}-t500" for name in [f"{scorer}-n512" for scorer in SCORERS] + [
             f"tfidf-{start}" for start in "n128 n1024 n512-retrofit n512-told n512-asked".split()]
     ) + "".join(f" additive-{name}-t50" for name in [
         f"{scorer}-{n}" for scorer in SCORERS[:4] for n in ("n128", "n512")]
         + ["tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked"]),
     "0.3 1 3": "replacement-tfidf-t500 additive-random-n128-t50 additive-random-n512-t50",
-    "0.1 0.3 1": "lora-sgd lora-sgd-replay8 additive-tfidf-n512-t500-documents "
+    "0.1 0.3 1": "lora-sgd-replay8 additive-tfidf-n512-t500-documents "
                  "additive-tfidf-n512-t10000-documents",
-    "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw", "1e-4 3e-4 1e-3": "full full-documents",
-    "3e-4 1e-3 3e-3": "full-replay8 lora lora-replay8 lora-documents"}
+    "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw",
+    "1e-4 3e-4 1e-3": "full full-documents lora",
+    "3e-4 1e-3 3e-3": "full-replay8 lora-replay8 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
 STUDIES = {
