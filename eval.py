@@ -89,6 +89,7 @@ def load_questions(flag, name, split, told=False, required=True):
     for number, row in enumerate(rows, 1):
         answer = row["text" if told else "answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
+        aliases = answer.get("aliases") or []
         prompt = row.get("prompt") or None if told else row["question"]
         value = answer.get("value")
         value = str(value) if isinstance(value, (str, int, float)) else ""
@@ -97,7 +98,9 @@ def load_questions(flag, name, split, told=False, required=True):
                 (source not in (None, "") or "source" not in row)):
             raise smf.BadInput(f"{flag} {name}: row {number} of {split} has no text, or no answer "
                                f"(answer.value), or no source; give it, or remove the row")
-        aliases = [value, *map(str, filter(None, answer.get("aliases") or []))]
+        if not isinstance(aliases, list) or any(isinstance(a, (list, dict)) for a in aliases):
+            raise smf.BadInput(f"{flag} {name}: row {number} of {split}: give aliases as a list")
+        aliases = [value, *map(str, filter(None, aliases))]
         questions.append((source if source is None else str(source),
                           Question(prompt, value.strip(), aliases)))
     return questions

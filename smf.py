@@ -19,6 +19,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -39,7 +40,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))  # which of how many processes this is: set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-DATE = "26 Jul 2024"  # for chat templates that tell the date: or each day has other prompts
+DATE = "2024-07-26"  # of chat templates that tell it: today's would change the prompts every day
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]  # the best first
 
 
@@ -178,18 +179,21 @@ def memory_state(model):
 @torch.no_grad()
 def check_mlps(model, mlps):
     """Refuse a model that does not call each of these once, as h (B, T, D) = mlp(x (B, T, D))."""
+    called, shape = [], (1, 3, model.config.get_text_config().hidden_size)
+
+    def note(mlp, x, more, h):
+        if len(x) == 1 and not more and type(h) is torch.Tensor and x[0].shape == h.shape == shape:
+            called.append(mlp)
+
+    hooks = [mlp.register_forward_hook(note, with_kwargs=True) for mlp in mlps]
     with refusing(f"--model: {type(model).__name__} cannot get a memory", "take another model"):
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("part of it is offloaded")
-        calls = []
-        hooks = [mlp.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
-                 for mlp in mlps]
-        model(torch.zeros(1, 3, dtype=torch.int64, device=model.device), use_cache=False)
-        [hook.remove() for hook in hooks]
-        if [mlp for mlp, *_ in calls] != mlps or not all(
-                len(x) == 1 and not more and type(h) is torch.Tensor and
-                x[0].shape == h.shape == (1, 3, model.config.get_text_config().hidden_size)
-                for _, x, more, h in calls):
+        try:
+            model(torch.zeros(1, 3, dtype=torch.int64, device=model.device), use_cache=False)
+        finally:
+            [hook.remove() for hook in hooks]
+        if called != mlps:
             raise ValueError("a block does not call h = mlp(x), once")
 
 
@@ -384,14 +388,12 @@ def load_base(name, dtype="float32", device="cpu"):
             path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-        if tokenizer.chat_template:
-            tokenizer.chat_template = (f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
-                                       f"{tokenizer.get_chat_template()}")
-        known, extra = model.get_input_embeddings().num_embeddings, tokenizer.all_special_tokens
-        used = [id for token, id in tokenizer.get_vocab().items() if token not in extra]
-        used += [tokenizer.eos_token_id, *prompt_ids(tokenizer, "Who?")[0]]  # TypeError: no end
-        if max(used) >= known or not tokenizer("Who?")["input_ids"]:
-            raise ValueError("its tokenizer has tokens that the model does not have, or no words")
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        words, end = tokenizer("Who?")["input_ids"], tokenizer.eos_token_id
+        used = {*tokenizer.get_vocab().values()} - special | {*prompt_ids(tokenizer, "Who?")[0]}
+        if end is None or not words or (
+                max(used | {*words, end}) >= model.get_input_embeddings().num_embeddings):
+            raise ValueError("its tokenizer has tokens that the model lacks, no words, or no end")
         return model.to(device).requires_grad_(False).eval(), tokenizer
 
 
@@ -461,14 +463,19 @@ def start_run(run, config, args):
     if RANK > 0:
         yield
         return
-    file, free = run / "config.json", not run.exists() or run.is_dir() and all(
-        path.suffix == ".tmp" for path in run.iterdir())
+    file, free = run / "config.json", not run.exists()
+    if run.is_dir():
+        free = all(path.suffix == ".tmp" for path in run.iterdir())
     if not file.exists() and (not free or run.name == "base" and vars(args)):
         raise BadInput(f"--out {run}: is no run, or kept for the base; name another directory")
     run.mkdir(parents=True, exist_ok=True)
     lock = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{run}: another process makes it; waiting")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists():
             write_json(file, config)
         old = read_json(file)
@@ -515,14 +522,16 @@ def finish_run(run, delta):
     """Save what the run changed, {name: tensor}, and drop its checkpoint."""
     if RANK == 0:
         delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
+        write_atomic(run / "delta.safetensors", lambda path: save_file(delta, path))
         mode = (run / "config.json").stat().st_mode  # safetensors writes for the owner alone
-        write_atomic(run / "delta.safetensors",
-                     lambda path: (save_file(delta, path), path.chmod(mode)))
+        (run / "delta.safetensors").chmod(mode)
         [path.unlink() for path in run.glob("checkpoint.pt*")]  # and what a kill left of one
 
 
 # 7. Examples, batches and the loss
 
+DATED = ("{% macro strftime_now(f) %}{{ f.replace('%d', '26').replace('%b', 'Jul').replace('%B', "
+         "'July').replace('%m', '07').replace('%Y', '2024') }}{% endmacro %}\n")  # always DATE
 Example = namedtuple("Example", "ids start")  # tokens of prompt and answer; where the answer begins
 FORMATS = {".jsonl": ("json", {}), ".json": ("json", {}), ".parquet": ("parquet", {}),
            ".csv": ("csv", {"keep_default_na": False}),
@@ -532,22 +541,22 @@ FORMATS = {".jsonl": ("json", {}), ".json": ("json", {}), ".parquet": ("parquet"
 
 def load_rows(flag, name, split, columns, optional=(), required=True):
     """A split of a data set with these columns: a file, a directory or a hub name[:configuration].
-    In a directory, its files are those named SPLIT.* or SPLIT-*; a file is a train split. A row of
-    a .txt is a paragraph, in the column text. [] if there is no such split, and none is required.
-    """
+    In a directory, its files are SPLIT.* and SPLIT-NUMBER*.*; a file is a train split. A row of a
+    .txt is a paragraph, in the column text. [] if there is no such split, and none is required."""
     path, _, configuration = name.partition(":")
     with refusing(f"{flag} {name}: split {split} cannot be read",
                   f"name {', '.join(FORMATS)} with these columns: {', '.join(columns)}"):
         path, configuration = Path(find(path, "dataset")), configuration or None
-        files = sorted(path.glob(f"{split}[.-]*"))
-        files = [path] * (split == "train") if path.is_file() else files
-        files = [str(file) for file in files if file.suffix in FORMATS]
+        named = re.compile(rf"{split}(-\d.*)?" if path.is_dir() else ".*" * (split == "train"))
+        files = [str(file) for file in ([path] if path.is_file() else sorted(path.glob("*")))
+                 if file.suffix.lower() in FORMATS and named.fullmatch(file.stem)]
         if not (required or files) and (path.exists() or split not in
                                         datasets.get_dataset_split_names(str(path), configuration)):
             return []
-        if len({Path(file).suffix for file in files}) > 1:
+        kinds = {Path(file).suffix.lower() for file in files}
+        if len(kinds) > 1:
             raise ValueError(f"its files are of different kinds: {files}")
-        kind, options = FORMATS[Path(files[0]).suffix] if files else (str(path), {})
+        kind, options = FORMATS[kinds.pop()] if files else (str(path), {})
         rows = datasets.load_dataset(kind, configuration, data_files=files or None,
                                      split="train" if files else split, **options)
         rows[0]  # raises if there is none
@@ -564,10 +573,11 @@ def prompt_ids(tokenizer, prompt):
         return ids[:ids.index(tokenizer("a", add_special_tokens=False)["input_ids"][0])], ""
     if tokenizer.chat_template is None:
         return tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"], " "
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                         add_generation_prompt=True, enable_thinking=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], chat_template=DATED + tokenizer.get_chat_template(),
+        tokenize=False, add_generation_prompt=True, enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has its own
-    return ids, "" if text[-1].isspace() else " "
+    return ids, "" if text[-1:].isspace() else " "
 
 
 def encode(tokenizer, prompt, answer, max_length, end=True):

@@ -724,12 +724,14 @@ def test_lora_says_what_it_does_not_adapt(capsys):
 def test_a_dated_template_that_thinks_is_always_asked_on_one_day_without_thinking(tmp_path):
     model = altered_model(tmp_path / "model", lambda path: (
         path / "chat_template.jinja").write_text(
-        "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+        "\n  {% if 1 %}{{ strftime_now('%d %b %Y, %Y-%m-%d %B') }}: {% endif %}"
+        "{{ messages[0].content }}"
         "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"))
     _, tokenizer = smf.load_base(model)
-    assert tokenizer.decode(smf.prompt_ids(tokenizer, "Who?")[0]) == "26 Jul 2024: Who?"
+    assert tokenizer.decode(smf.prompt_ids(tokenizer, "Who?")[0]) == (
+        "\n26 Jul 2024, 2024-07-26 July: Who?")
     run(train_retrofit, *RETROFIT, f"--model={model}", f"--out={tmp_path / 'run'}", "--steps=0")
-    assert smf.read_json(tmp_path / "run/config.json")["date"] == "26 Jul 2024"
+    assert smf.read_json(tmp_path / "run/config.json")["date"] == "2024-07-26"
 
 
 def test_there_is_room_for_the_longest_answer_and_a_cut_is_told(tmp_path, monkeypatch, capsys):
@@ -1371,7 +1373,8 @@ def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path)
 
 
 def test_notes_in_a_txt_and_questions_in_a_csv_are_a_stream(tmp_path, capsys):
-    write_rows(tmp_path / "notes/train.txt.bak", ["old"])
+    for backup in ("train.txt.bak", "train.bak.txt", "train-old.txt", "training.txt"):
+        write_rows(tmp_path / "notes" / backup, ["old"])
     (tmp_path / "notes/train.txt").write_text("The shop opens\nat nine.\n\n\nIt has a cat.\n")
     (tmp_path / "notes/test.csv").write_text("question,answer,source\nWhen?,9,1\nWhat?,NA,2\n")
     data = load_data(f"--stream-data={tmp_path / 'notes'}")
@@ -1639,6 +1642,7 @@ BAD += [  # script, flags, a word of the line, what is broken first
     ("sparse", DATA, "answer.value", facts(fact(value=""))),
     ("sparse", DATA, "answer.value", facts(fact(value=None, aliases=["x"]), fact())),
     ("sparse", DATA, "--facts-data", facts({"question": "Who?", "question_id": "1"})),
+    ("sparse", DATA, "aliases as a list", facts(fact(aliases="bard"))),
     ("sparse", DATA, "--facts-data", write("data/train.jsonl", '{"question": "Who?"')),
     ("sparse", DATA, "--facts-data", write("data/notes.jpg", "no data")),
     ("sparse", DATA, "no question", facts(fact("Is it a poet?"))),
@@ -1745,6 +1749,8 @@ GOOD = [  # odd but good
     ("sparse", DATA, facts(fact(value=0), fact("When?", 1945))),
     ("sparse", CHOICES, choices(choice(opd="", question=LONG, opa=LONG))),
     ("sparse", ["--eval-tokens=2", "--top-t=99999"], lambda: None),
+    ("baselines", ["--model=model"], lambda: altered_model(
+        Path("model"), lambda path: add_token(path, "<image>", special=True))),  # as Gemma 3
     ("baselines", ["--model=model"], lambda: altered_model(Path("model"), lambda path: (
         path / "chat_template.jinja").unlink())),
     ("retrofit", [*RETROFIT, "--out=empty"], write("empty/config.json.tmp", "{")),
@@ -1783,9 +1789,9 @@ BAD_MODELS = [  # what is changed in a model's directory
 ]
 
 
-def add_token(path, token):
+def add_token(path, token, special=False):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    tokenizer.add_tokens([token])
+    tokenizer.add_tokens([token], special_tokens=special)
     tokenizer.save_pretrained(path)
 
 

@@ -35,7 +35,8 @@ SIZES = {  # what a config may call its sizes
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim "
        "linear_key_head_dim linear_value_head_dim global_head_dim",
     16: "mamba_d_state mamba_d_head", 0: "pad_token_id", 1: "bos_token_id", 3: "eos_token_id"}
-OTHERWISE = ({}, {"num_key_value_heads": 4}, {"rotary_dim": 4}, {"num_key_value_heads": 1})
+OTHERWISE = ({}, {"num_key_value_heads": 4}, {"rotary_dim": 4}, {"num_key_value_heads": 1},
+             {"attention_types": [[["global", "local"], 2]]})
 SIZES = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
