@@ -1901,15 +1901,16 @@ def test_the_rate_chosen_is_the_least_within_one_standard_error_of_the_best():
 def test_every_command_of_the_studies_is_understood():
     for plan in study.STUDIES.values():
         lines = [f"train_retrofit.py {flags}" for flags in plan["starts"].values()]
-        lines += [f"{study.command(c, 'out', 1, plan)} {plan['flags']}"
+        lines += [study.command(c, "out", 1, plan)
                   for names in plan["rates"].values() for c in names.split()]
         for line in lines:
             script, *flags = line.format(model="m", data="d").split()
             __import__(script.removesuffix(".py")).parse(flags)
-    plan = {"starts": {"additive": "", "additive-fresh": ""}, "sparse": "--optimizer adamw"}
+    plan = {"starts": {"additive": "", "additive-fresh": ""}, "sparse": "--optimizer adamw",
+            "flags": "--task facts", "words": {"fresh": "--passes 4"}}
     assert study.command("additive-kl+s-fresh-t9-sgd", "out", 1, plan) == (
-        "train_sparse.py --parent out/additive-fresh-seed1 --optimizer adamw --scorer kl "
-        "--train-alpha --top-t 9 --optimizer sgd")
+        "train_sparse.py --parent out/additive-fresh-seed1 --task facts --optimizer adamw "
+        "--scorer kl --train-alpha --passes 4 --top-t 9 --optimizer sgd")
     assert "--parent out/additive-seed1 " in study.command("additive-kl", "out", 1, plan)
     assert "--parent out/mode-retrofit-seed1 " in study.command("mode-kl", "out", 1, plan)
 

@@ -2,12 +2,14 @@
 
     python results/study.py tiny-stream         # an hour and a half on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
+    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR        # the stream
     python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
                                                 # or smollm2-medmcqa; a day or two
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
 results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
-every rate), along.png (a stream), results.json. DATA_DIR: trivia_qa, wikitext, oasst1, medmcqa."""
+every rate), along.png (a stream), results.json. DATA_DIR: trivia_qa, wikitext, oasst1, medmcqa,
+stream_facts, stream_documents."""
 
 import argparse
 import json
@@ -63,6 +65,14 @@ STREAM = {  # {rates: conditions}
     "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw",
     "1e-4 3e-4 1e-3": "full full-documents lora",
     "3e-4 1e-3 3e-3": "full-replay8 lora-replay8 lora-documents"}
+REAL = {  # the same of a real model, facts and documents
+    "1 3 10": "additive-tfidf-n512-t500 additive-kl-n512-t500 additive-count-n512-t500 "
+              "additive-random-n512-t500 additive-tfidf-n512-t50 additive-count-n512-t50 "
+              "additive-random-n512-t50 additive-tfidf-n1024-t500 "
+              "additive-tfidf-n512-t500-documents additive-tfidf-n512-t10000-documents",
+    "0.3 1 3": "additive-tfidf-n128-t500 additive-all-n512", "0.03 0.1 0.3": "full-sgd "
+    "additive-tfidf-n512-t500-adamw", "1e-5 2e-5 5e-5": "full full-replay8 full-documents",
+    "1e-4 3e-4 1e-3": "lora lora-replay8 lora-documents", "0.1 0.3 1": "lora-sgd"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
 STUDIES = {
@@ -71,6 +81,10 @@ STUDIES = {
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM),
+    "smollm2": dict(flags=TASK + "--task stream --stream-data {data}/stream_facts --passes 2 "
+                    "--eval-examples 300", base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
+        f"additive-n{n}": CHATS + f"--epochs 0 --n-keys {n}" for n in (128, 512, 1024)},
+        words={"documents": "--stream-data {data}/stream_documents --passes 4"}),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
@@ -101,16 +115,17 @@ HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-
 
 
 def command(condition, out, seed, plan):
-    """additive-tfidf+s-fresh-t100-sgd -> the script and flags that make it, but rate and task. It
+    """additive-tfidf+s-fresh-t100-sgd -> the script and flags that make it, but for the rate. It
     starts from the start that it names with the most words; else from MODE-retrofit."""
-    words = condition.replace("+", "-+").split("-")
-    flags = [FLAGS[word] if word in FLAGS else f"--top-t {word[1:]}" for word in words
-             if word in FLAGS or re.fullmatch(r"t\d+", word)]
+    words, known = condition.replace("+", "-+").split("-"), FLAGS | plan.get("words", {})
+    flags = [known[word] if word in known else f"--top-t {word[1:]}" for word in words
+             if word in known or re.fullmatch(r"t\d+", word)]
     if words[0] in ("lora", "full"):
-        return " ".join([f"baselines.py --method {words[0]}", plan["base"], *flags])
+        return " ".join([f"baselines.py --method {words[0]}", plan["flags"], plan["base"], *flags])
     start = max((start for start in plan["starts"] if set(start.split("-")) <= set(words)),
                 key=len, default=f"{words[0]}-retrofit")
-    return " ".join([f"train_sparse.py --parent {out}/{start}-seed{seed}", plan["sparse"], *flags])
+    return " ".join([f"train_sparse.py --parent {out}/{start}-seed{seed}", plan["flags"],
+                     plan["sparse"], *flags])
 
 
 def run_all(commands, args):
@@ -166,7 +181,7 @@ def study(plan, out, args):
                 if (row := figures(path(c, rate, seed), split))}
 
     def make(wanted, split):  # [(condition, rate, seed)]
-        run_all([f"{ROOT}/{command(c, out, seed, plan)} {plan['flags']} --lr {rate} "
+        run_all([f"{ROOT}/{command(c, out, seed, plan)} --lr {rate} "
                  f"--seed {seed} --split {split} --out {path(c, rate, seed)}"
                  for c, rate, seed in wanted if not rows(c, rate, [seed], split)], args)
 
@@ -221,7 +236,7 @@ def plot(pyplot, result, panels, path):
 def plot_along(pyplot, result, plan, out, to, args):
     """Along a stream: what is recalled of all that was told so far, and what is left of the old."""
     runs = {c: out / f"along-{c}" for c in HEADLINE if c in result}
-    run_all([f"{ROOT}/{command(c, out, 0, plan)} {plan['flags']} --lr {result[c]['chosen']} "
+    run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} "
              f"--ask-every 10 --out {run}" for c, run in runs.items() if not smf.finished(run)],
             args)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="tight")
@@ -248,7 +263,7 @@ def main(argv=None):
         raise smf.BadInput(f"{args.study}: give --model and --data")
     from matplotlib import pyplot  # for the figures alone: pip install matplotlib
     plan, out, to = STUDIES[args.study], Path("out", args.study), Path("results", args.study)
-    if "stream" in args.study:  # for a background of the questions that probe the old knowledge
+    if args.study == "tiny-stream":  # a background of the questions that probe the old knowledge
         asked = evaluation.load_questions("--trivia-data", "tiny/trivia_qa", "validation")
         out.mkdir(parents=True, exist_ok=True)
         (out / "asked.jsonl").write_text("".join(
@@ -261,7 +276,7 @@ def main(argv=None):
     tables += ["What it costs, as in Table 3 of [Gupta26]", evaluation.table(
         {c: accounting(out / f"{c}-lr{rate}-seed0") for c, rate in learned.items()})]
     to.mkdir(parents=True, exist_ok=True)
-    if "stream" in args.study:
+    if args.study in ("tiny-stream", "smollm2"):
         plot_along(pyplot, result, plan, out, to, args)
     (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
