@@ -476,6 +476,8 @@ def start_run(run, config, args):
         except BlockingIOError:
             print(f"{run}: another process makes it; waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
         if not file.exists():
             write_json(file, config)
         old = read_json(file)
