@@ -8,8 +8,7 @@
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
 results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
-every rate), along.png (a stream), results.json. DATA_DIR: trivia_qa, wikitext, oasst1, medmcqa,
-stream_facts, stream_documents."""
+every rate), along.png (a stream), results.json. DATA_DIR: trivia_qa, wikitext, oasst1, medmcqa."""
 
 import argparse
 import json
@@ -81,10 +80,10 @@ STUDIES = {
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM),
-    "smollm2": dict(flags=TASK + "--task stream --stream-data {data}/stream_facts --passes 2 "
+    "smollm2": dict(flags=TASK + "--task stream --stream-data results/streams/facts --passes 4 "
                     "--eval-examples 300", base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"--epochs 0 --n-keys {n}" for n in (128, 512, 1024)},
-        words={"documents": "--stream-data {data}/stream_documents --passes 4"}),
+        words={"documents": "--stream-data results/streams/documents"}),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
