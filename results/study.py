@@ -73,7 +73,8 @@ REAL = {  # the same of a real model, facts and documents
     "additive-tfidf-n512-t500-adamw", "1e-5 2e-5 5e-5": "full full-replay8 full-documents",
     "1e-4 3e-4 1e-3": "lora lora-replay8 lora-documents", "0.1 0.3 1": "lora-sgd"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
-# alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate.
+# alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
+# means in this study. thrice: what is done with all seeds (all), the others with the first.
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
@@ -83,7 +84,8 @@ STUDIES = {
     "smollm2": dict(flags=TASK + "--task stream --stream-data results/streams/facts --passes 4 "
                     "--eval-examples 300", base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"--epochs 0 --n-keys {n}" for n in (128, 512, 1024)},
-        words={"documents": "--stream-data results/streams/documents"}),
+        words={"documents": "--stream-data results/streams/documents"}, thrice=(
+            "additive-n512 additive-tfidf-n512-t500 lora lora-replay8 full full-replay8").split()),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
@@ -172,6 +174,9 @@ def study(plan, out, args):
     {seed: figures}}}. The rate of the base and the starts is ""."""
     rates = {c: rates.split() for rates, names in plan["rates"].items() for c in names.split()}
 
+    def seeds(c):
+        return SEEDS if c in plan.get("thrice", [c]) else SEEDS[:1]
+
     def path(c, rate, seed):
         return out / (c if c == "base" else f"{c}{f'-lr{rate}' if rate else ''}-seed{seed}")
 
@@ -185,13 +190,13 @@ def study(plan, out, args):
                  for c, rate, seed in wanted if not rows(c, rate, [seed], split)], args)
 
     run_all([f"{ROOT}/train_retrofit.py {flags} --seed {seed} --out {path(c, '', seed)}"
-             for c, flags in plan["starts"].items() for seed in SEEDS
+             for c, flags in plan["starts"].items() for seed in seeds(c)
              if not smf.finished(path(c, "", seed))], args)
     make([(c, rate, s) for c in rates for rate in rates[c] for s in plan["sweep"]], "validation")
     swept = {c: {rate: rows(c, rate, plan["sweep"], "validation") for rate in rates.get(c, [""])}
              for c in ["base", *plan["starts"], *rates]}
     chosen = {c: choose(swept[c]) if c in rates else "" for c in swept if all(swept[c].values())}
-    make([(c, chosen[c], seed) for c in rates for seed in SEEDS], "test")
+    make([(c, chosen[c], seed) for c in rates for seed in seeds(c)], "test")
     return {c: {"validation": swept[c], "chosen": rate, "test": rows(c, rate, SEEDS, "test")}
             for c, rate in chosen.items()}
 
