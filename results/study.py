@@ -81,8 +81,8 @@ STUDIES = {
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM),
-    "smollm2": dict(flags=TASK + "--task stream --stream-data results/streams/facts --passes 4 "
-                    "--eval-examples 300", base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
+    "smollm2": dict(flags=TASK + "--task stream --stream-data results/streams/facts --passes 2 "
+                    "--eval-examples 200 --eval-tokens 16384", base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"--epochs 0 --n-keys {n}" for n in (128, 512, 1024)},
         words={"documents": "--stream-data results/streams/documents"}, thrice=(
             "additive-n512 additive-tfidf-n512-t500 lora lora-replay8 full full-replay8").split()),
