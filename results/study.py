@@ -65,16 +65,17 @@ STREAM = {  # {rates: conditions}
     "1e-4 3e-4 1e-3": "full full-documents lora",
     "3e-4 1e-3 3e-3": "full-replay8 lora-replay8 lora-documents"}
 REAL = {  # the same of a real model, facts and documents
-    "1 3 10": "additive-tfidf-n512-t500 additive-kl-n512-t500 additive-count-n512-t500 "
-              "additive-random-n512-t500 additive-tfidf-n512-t50 additive-count-n512-t50 "
-              "additive-random-n512-t50 additive-tfidf-n1024-t500 "
-              "additive-tfidf-n512-t500-documents additive-tfidf-n512-t10000-documents",
-    "0.3 1 3": "additive-tfidf-n128-t500 additive-all-n512", "0.03 0.1 0.3": "full-sgd "
-    "additive-tfidf-n512-t500-adamw", "1e-5 2e-5 5e-5": "full full-replay8 full-documents",
-    "1e-4 3e-4 1e-3": "lora lora-replay8 lora-documents", "0.1 0.3 1": "lora-sgd"}
+    "0.3 1 3": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 "
+               "additive-all-n128 additive-tfidf-n128-t500-documents "
+               "additive-tfidf-n128-t10000-documents",
+    "1 3 10": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-count-n128-t50 "
+              "additive-random-n128-t50 additive-tfidf-n512-t500 additive-tfidf-n1024-t500",
+    "0.03 0.1 0.3": "additive-tfidf-n128-t500-adamw full-sgd", "0.1 0.3 1": "lora-sgd",
+    "1e-5 2e-5 5e-5": "full full-replay8 full-documents",
+    "1e-4 3e-4 1e-3": "lora lora-replay8 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
-# means in this study. thrice: what is done with all seeds (all), the others with the first.
+# means in this study. thrice: what is done with all seeds (all), and its headline (HEADLINE).
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
@@ -82,10 +83,11 @@ STUDIES = {
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM),
     "smollm2": dict(flags=TASK + "--task stream --stream-data results/streams/facts --passes 2 "
-                    "--eval-examples 200 --eval-tokens 16384", base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
+                    "--eval-examples 200 --eval-tokens 16384",
+                    base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"--epochs 0 --n-keys {n}" for n in (128, 512, 1024)},
         words={"documents": "--stream-data results/streams/documents"}, thrice=(
-            "additive-n512 additive-tfidf-n512-t500 lora lora-replay8 full full-replay8").split()),
+            "additive-n128 additive-tfidf-n128-t500 lora lora-replay8 full full-replay8").split()),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
@@ -239,7 +241,8 @@ def plot(pyplot, result, panels, path):
 
 def plot_along(pyplot, result, plan, out, to, args):
     """Along a stream: what is recalled of all that was told so far, and what is left of the old."""
-    runs = {c: out / f"along-{c}" for c in HEADLINE if c in result}
+    runs = {c: out / f"along-{c}" for c in plan.get("thrice", HEADLINE)
+            if c in result and result[c]["chosen"]}
     run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} "
              f"--ask-every 10 --out {run}" for c, run in runs.items() if not smf.finished(run)],
             args)
@@ -284,9 +287,10 @@ def main(argv=None):
         plot_along(pyplot, result, plan, out, to, args)
     (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
-    panels = [[c for c in HEADLINE if c in learned]]
+    headline = plan.get("thrice", HEADLINE)
+    panels = [[c for c in headline if c in learned]]
     plot(pyplot, result, panels, to / "headline.png")
-    others = [c for c in learned if c not in HEADLINE]
+    others = [c for c in learned if c not in headline]
     panels += [others[i:i + 12] for i in range(0, len(others), 12)]
     plot(pyplot, result, panels, to / "frontier.png")
     print(*tables, sep="\n\n")
