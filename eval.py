@@ -317,7 +317,7 @@ def quarters(questions, right, told):
 
 def evaluate(model, tokenizer, data, args):
     """All measures of a model -> {measure: mean(...)}, the answers, which knowledge is right."""
-    result, answers, rights, told = {}, {}, {}, data.train
+    result, answers, rights = {}, {}, {}
     for name in ("target", "untaught", "knowledge"):
         questions = getattr(data, name)
         if questions and questions[0].options:
@@ -325,10 +325,11 @@ def evaluate(model, tokenizer, data, args):
         elif questions:
             answers[name], rights[name], likelihood = open_questions(model, tokenizer, questions)
             result[name], result[f"{name} LL"] = mean(rights[name]), mean(likelihood)
-        if name == "target" and args.task == "stream":
-            texts = smf.encode_all(tokenizer, [q[:2] for q in told], args.window)
-            result |= quarters(questions, rights[name], told) if questions else {
-                "target LL": mean(log_likelihoods(model, texts))}
+    if args.task == "stream" and data.target:
+        result |= quarters(data.target, rights["target"], data.train)
+    elif args.task == "stream":
+        texts = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.window)
+        result["target LL"] = mean(log_likelihoods(model, texts))
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
     first = smf.prompt_ids(tokenizer, None)[0]
     loss = mean(token_losses(model, tokens, args.window, args.stride, first))

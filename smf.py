@@ -435,7 +435,7 @@ def load(run, device="cpu"):
     run, config = Path(run), read_json(Path(run, "config.json"))
     with refusing(f"{run}: cannot be loaded", "the command that made it finishes it, or, after you "
                   "delete it, makes it again"):
-        open(run / "delta.safetensors").close()  # safetensors says "no such file" if it is locked
+        open(run / "delta.safetensors").close()  # of no permission safetensors says "no such file"
         delta = load_file(run / "delta.safetensors")
         if "parent" in config:
             parent = Path(os.path.normpath(run / config["parent"]))

@@ -23,8 +23,6 @@ import train_sparse  # noqa: E402
 
 VARIANTS = {"tfidf": [512, "tfidf"], "kl": [512, "kl"], "gradient": [512, "gradient"],
             "n = 128": [128, "tfidf"], "n = 1024": [1024, "tfidf"]}
-
-
 TEMPORARY = tempfile.mkdtemp()
 
 
