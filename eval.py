@@ -245,12 +245,12 @@ def token_losses(model, tokens, window, stride, first):
 
 @torch.no_grad()
 def generate_answers(model, tokenizer, prompts, max_new_tokens=32, size=64):
-    """Greedy continuations of the prompts, as text."""
+    """Greedy continuations of the prompts, lists of tokens, as text."""
     end, texts = tokenizer.eos_token_id, {}
     model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False,
                                                eos_token_id=end, pad_token_id=end)
     room = context_length(model) - max_new_tokens
-    examples = [smf.Example(smf.prompt_ids(tokenizer, prompt)[0][-room:], 0) for prompt in prompts]
+    examples = [smf.Example(prompt[-room:], 0) for prompt in prompts]
     for indices in by_length(examples, size, "answers"):
         T = len(examples[indices[0]].ids)
         pads = [T - len(examples[i].ids) for i in indices]  # on the left
@@ -292,7 +292,8 @@ def open_questions(model, tokenizer, questions):
     room = min(max(32, longest), context_length(model) // 2)
     if longest > room:
         print(f"answers of more than {room} tokens, half of what the model sees, are cut there")
-    texts = generate_answers(model, tokenizer, [q.prompt for q in questions], room)
+    prompts = [smf.prompt_ids(tokenizer, q.prompt)[0] for q in questions]
+    texts = generate_answers(model, tokenizer, prompts, room)
     right = [answered(text, q.aliases) for text, q in zip(texts, questions)]
     return texts, right, log_likelihoods(model, examples)
 
@@ -435,7 +436,8 @@ def ask(runs, question, args):
     rows = {}
     for part in dict.fromkeys(part for run in runs for part in ancestors(run)):
         model, tokenizer = smf.load(part, args.device)
-        rows[part] = {question: generate_answers(model.float(), tokenizer, [question], 100)[0]}
+        prompt = smf.prompt_ids(tokenizer, question)[0]
+        rows[part] = {question: generate_answers(model.float(), tokenizer, [prompt], 100)[0]}
     return table(rows)
 
 

@@ -1131,7 +1131,8 @@ def test_the_measures_of_a_model_are_those_of_its_parts(task, first):
 def test_log_likelihoods_and_answers_do_not_depend_on_the_batch():
     model, tokenizer = smf.load_base("tiny/model")
     questions = knowledge_questions(12)
-    prompts = [q.prompt for q in questions] + ["Bamin? " * 40]  # and so, many pads
+    prompts = [smf.prompt_ids(tokenizer, text)[0] for text in [
+        *(q.prompt for q in questions), "Bamin? " * 40]]  # and so, many pads
     together = evaluation.generate_answers(model, tokenizer, prompts, max_new_tokens=8)
     for size in (1, 5):
         assert together == evaluation.generate_answers(model, tokenizer, prompts, 8, size)
@@ -1174,10 +1175,11 @@ def test_a_prompt_beyond_the_context_loses_its_beginning():
     assert len(whole.ids) > 40 and start > 0
     *_, likelihood = evaluation.open_questions(model, tokenizer, [question])
     assert likelihood.item() == pytest.approx(by_hand(model, ids, start), abs=1e-4)
-    ids = smf.prompt_ids(tokenizer, question.prompt)[0][-32:]
+    prompt = smf.prompt_ids(tokenizer, question.prompt)[0]
+    ids = prompt[-32:]
     for _ in range(8):  # greedy, by hand
         ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    found = evaluation.generate_answers(model, tokenizer, [question.prompt], max_new_tokens=8)
+    found = evaluation.generate_answers(model, tokenizer, [prompt], max_new_tokens=8)
     answer = tokenizer.decode(ids[32:]).split(tokenizer.eos_token)[0]
     assert found == [answer] and answer
 

@@ -2,9 +2,8 @@
 
     python results/study.py tiny-stream         # an hour and a half on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
-    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR        # the stream
-    python results/study.py smollm2-facts --model SMOLLM2_DIR --data DATA_DIR
-                                                # or smollm2-medmcqa; a day or two
+    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR   # the stream; eight hours
+                        # or gemma3, qwen, qwen-facts (shuffled): two to three hours each
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
 results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
@@ -33,19 +32,13 @@ import smf  # noqa: E402
 
 SEEDS = (0, 1, 2)
 CHATS = ("--preset paper --dtype bfloat16 --model {model} --oasst-data {data}/oasst1 --max-length "
-         "256 --batch-size 8 --micro-batch-size 8 --examples 50000 --warmup 10 --background 300 ")
+         "256 --batch-size 8 --micro-batch-size 8 --examples 50000 --warmup 10 --background 300 "
+         "--epochs 0 --n-keys ")
 TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --trivia-data "
-        "{data}/trivia_qa --wikitext-data {data}/wikitext --eval-tokens 32768 --stride 896 ")
-FACTS = TASK + ("--task facts --facts-data {data}/trivia_qa --sources 0 160 --steps 150 "
-                "--eval-examples 300")
+        "{data}/trivia_qa --wikitext-data {data}/wikitext --stride 896 --eval-examples 200 "
+        "--eval-tokens 16384 ")
 BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
-SMOLLM2_STARTS = {"additive-fresh": CHATS + "--steps 0", "additive-retrofit": CHATS + "--steps 70",
-                  "replacement-retrofit": CHATS + "--steps 70 --mode replacement --lr 2e-3"}
-SMOLLM2 = {  # {rates: conditions}
-    "0.1 0.2": "additive-tfidf-fresh additive-kl-fresh additive-count-fresh additive-random-fresh "
-               "additive-tfidf+s-fresh additive-tfidf",
-    "0.006 0.01": "additive-all-fresh", "0.4 0.8": "additive-tfidf-fresh-t100", "4e-4 8e-4": "lora",
-    "0.025 0.05": "additive-tfidf-fresh-t2000 replacement-tfidf", "4 8": "additive-tfidf-fresh-sgd"}
+TOLD = TASK + "--task stream --stream-data results/streams/facts --passes 2 "
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
 FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
          "replay8": "--replay 8", "documents": "--stream-data tiny/documents"}
@@ -75,19 +68,26 @@ REAL = {  # the same of a real model, facts and documents
     "1e-4 3e-4 1e-3": "lora lora-replay8 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
-# means in this study. thrice: what is done with all seeds (all), and its headline (HEADLINE).
+# means in this study. thrice: what is done with all seeds (all). headline: of its figure (thrice,
+# or HEADLINE). along: the headline is asked after each so many sources of a stream, too.
+OTHER = dict(flags=TOLD + "--sources 0 64", base=BASE, sparse="", sweep=(0,), thrice=(),
+             starts={"additive-n128": CHATS + "128"}, headline=(
+    "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-adamw", "lora", "full"), rates={
+    "0.3 1 3": "additive-tfidf-n128-t500", "0.03 0.1 0.3": "additive-tfidf-n128-t500-adamw",
+    "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"})
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
-        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM),
-    "smollm2": dict(flags=TASK + "--task stream --stream-data results/streams/facts --passes 2 "
-                    "--eval-examples 200 --eval-tokens 16384",
-                    base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
-        f"additive-n{n}": CHATS + f"--epochs 0 --n-keys {n}" for n in (128, 512, 1024)},
-        words={"documents": "--stream-data results/streams/documents"}, thrice=(
+        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM, along=10),
+    "smollm2": dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
+        f"additive-n{n}": CHATS + f"{n}" for n in (128, 512, 1024)},
+        words={"documents": "--stream-data results/streams/documents"}, along=35, thrice=(
             "additive-n128 additive-tfidf-n128-t500 lora lora-replay8 full full-replay8").split()),
+    "gemma3": OTHER, "qwen": OTHER,
+    "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
+                               "--sources 0 160 --steps 150"),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
@@ -103,14 +103,6 @@ STUDIES = {
         flags="--task medmcqa", base="", sparse=ADAMW, sweep=SEEDS,
         starts={"additive-retrofit": "--n-keys 128 --epochs 1"},
         rates={"0.04": "additive-tfidf additive-kl", "1e-3": "lora", "2e-4": "full"}),
-    "smollm2-facts": dict(  # the same conditions after stage 1, too
-        starts=SMOLLM2_STARTS, flags=FACTS, base=BASE, sparse=ADAMW, sweep=(0,), rates={
-            rates: f"{names} {names.replace('-fresh', '')}" for rates, names in SMOLLM2.items()} | {
-            "2e-5 4e-5": "full"}),
-    "smollm2-medmcqa": dict(
-        starts=SMOLLM2_STARTS, base=BASE, sparse=ADAMW, sweep=(0,),
-        rates=SMOLLM2 | {"4e-5 8e-5": "full"}, flags=TASK + "--task medmcqa --medmcqa-data "
-        "{data}/medmcqa --steps 60 --eval-examples 500"),
 }
 HEADLINE = ("additive-tfidf", "additive-all", "additive-tfidf-fresh", "additive-random-fresh",
             "additive-all-fresh", "lora", "full", "additive-tfidf-n512-t50", "lora-replay8",
@@ -241,18 +233,18 @@ def plot(pyplot, result, panels, path):
 
 def plot_along(pyplot, result, plan, out, to, args):
     """Along a stream: what is recalled of all that was told so far, and what is left of the old."""
-    runs = {c: out / f"along-{c}" for c in plan.get("thrice", HEADLINE)
-            if c in result and result[c]["chosen"]}
-    run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} "
-             f"--ask-every 10 --out {run}" for c, run in runs.items() if not smf.finished(run)],
-            args)
+    every, runs = plan["along"], {c: out / f"along-{c}" for c in plan.get("thrice", HEADLINE)
+                                  if c in result and result[c]["chosen"]}
+    run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} --ask-every {every} "
+             f"--out {run}" for c, run in runs.items() if not smf.finished(run)], args)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="tight")
     for axis, name, title in zip(axes, ("recall", "old"), (
             "recall of the facts told so far, in wordings never seen", "old questions answered")):
         for c, run in runs.items():
             lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            shares = [line[name] for line in lines if name in line]  # recall: from 10 facts on
-            axis.plot([10 * (i + (name == "recall")) for i in range(len(shares))], shares, label=c)
+            shares = [line[name] for line in lines if name in line]
+            first = name == "recall"  # nothing is told at 0
+            axis.plot([every * (i + first) for i in range(len(shares))], shares, label=c)
         axis.set(xlabel="facts told so far", ylim=(0, 1.02), title=title)
     axes[1].legend(fontsize="small")
     figure.savefig(to / "along.png", dpi=80)
@@ -262,14 +254,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--model", help="smollm2: directory of SmolLM2-135M-Instruct")
-    parser.add_argument("--data", help="smollm2: directory of the data sets")
+    parser.add_argument("--model", help="not of tiny: directory of the pretrained model")
+    parser.add_argument("--data", help="not of tiny: directory of the data sets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     args = parser.parse_args(argv)
-    if "smollm2" in args.study and not (args.model and args.data):
+    plan, out, to = STUDIES[args.study], Path("out", args.study), Path("results", args.study)
+    if plan["base"] and not (args.model and args.data):
         raise smf.BadInput(f"{args.study}: give --model and --data")
     from matplotlib import pyplot  # for the figures alone: pip install matplotlib
-    plan, out, to = STUDIES[args.study], Path("out", args.study), Path("results", args.study)
     if args.study == "tiny-stream":  # a background of the questions that probe the old knowledge
         asked = evaluation.load_questions("--trivia-data", "tiny/trivia_qa", "validation")
         out.mkdir(parents=True, exist_ok=True)
@@ -283,11 +275,11 @@ def main(argv=None):
     tables += ["What it costs, as in Table 3 of [Gupta26]", evaluation.table(
         {c: accounting(out / f"{c}-lr{rate}-seed0") for c, rate in learned.items()})]
     to.mkdir(parents=True, exist_ok=True)
-    if args.study in ("tiny-stream", "smollm2"):
+    if "along" in plan:
         plot_along(pyplot, result, plan, out, to, args)
     (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
-    headline = plan.get("thrice", HEADLINE)
+    headline = plan.get("headline", plan.get("thrice", HEADLINE))
     panels = [[c for c in headline if c in learned]]
     plot(pyplot, result, panels, to / "headline.png")
     others = [c for c in learned if c not in headline]
