@@ -2,10 +2,11 @@
 
     python results/wordings.py --model SMOLLM2_DIR --data DATA_DIR     # about three hours on a core
 
-The first 48 facts of results/streams/facts, a stream, SGD on the rows. Each fact is asked right
-after its own steps, and again after all. *seen*: two of the statements told go on from where their
-answer begins. *unseen*: the question of the validation split. The conditions that are there are
-skipped: the same command goes on. Writes results/wordings/table.md and results.json."""
+The first 48 facts of results/streams/facts, a stream, SGD on the rows. Of the ten statements of a
+fact eight are told. It is asked at once, after its own steps, and again after all: by two of the
+statements told and two not told, which go on from where their answer begins, and by the question of
+the validation split. Conditions that are there are skipped: the same command goes on. Writes
+results/wordings/table.md and results.json."""
 
 import argparse
 import json
@@ -28,86 +29,105 @@ import train_retrofit  # noqa: E402
 import train_sparse  # noqa: E402
 
 FACTS, PROMPT, TO = 48, "Tell me something that you know.", ROOT / "results/wordings"
-MIDDLE = (7, 15, 22)
-# lr: of the rows, in the units of train_sparse.py; full: of AdamW or SGD on all weights, instead.
+# lr: of SGD on the rows, in the units of train_sparse.py; full: of AdamW on all weights, instead.
 # told: every other statement is a reply to PROMPT. number: of statements. order: which of them.
-# loss: on all tokens of a statement, or on its answer alone. rows: TF-IDF takes t of those read;
+# loss: on all tokens of a statement; on its answer alone; or "reply", the answer is a reply to what
+# comes before it, if that is something. rows: TF-IDF takes 500 of those read;
 # or, of these, only those that the question reads, too, which no method can know; or the others.
-DEFAULT = dict(layers=MIDDLE, lr=1.0, full="", passes=4, told="both", number=10, order="as told",
-               loss="all", rows="tfidf", top_t=500)
+# grows: each batch told is one more example of the background.
+DEFAULT = dict(layers=(7, 15, 22), n_keys=128, lr=1.0, full=False, passes=4, told="both", number=8,
+               order="as told", loss="all", rows="tfidf", grows=False)
 CONDITIONS = {
-    "nothing learned": dict(passes=0), "default": {}, "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0),
-    "1 pass, rate 3": dict(passes=1, lr=3.0), "16 passes, rate .3": dict(passes=16, lr=0.3),
+    "nothing": dict(passes=0), "default": {},
+    "loss on the answer, rate .3, n = 512": dict(loss="answer", lr=0.3, n_keys=512),
+    "full finetuning": dict(full=True, lr=2e-5),
+    "full finetuning, loss on the answer": dict(full=True, lr=2e-5, loss="answer"),
+    "loss on the answer, rate .3, background grows": dict(loss="answer", lr=0.3, grows=True),
+    "16 passes, rate .3": dict(passes=16, lr=0.3),
+    "only rows that the question reads": dict(rows="shared"),
+    "no row that the question reads": dict(rows="others"),
+    "4 statements, answers early": dict(number=4, order="early"),
+    "4 statements, answers late": dict(number=4, order="late"),
+    "full finetuning, answers as replies": dict(full=True, lr=2e-5, loss="reply"),
     "plain statements": dict(told="plain"), "replies": dict(told="reply"),
-    "2 statements": dict(number=2), "5 statements": dict(number=5),
-    "5 statements, answers early": dict(number=5, order="early"),
-    "5 statements, answers late": dict(number=5, order="late"),
-    "loss on the answer": dict(loss="answer"),
-    "layers 2, 5, 8": dict(layers=(2, 5, 8)), "layers 19, 22, 25": dict(layers=(19, 22, 25)),
     "layers 2, 5, 8, rate 3": dict(layers=(2, 5, 8), lr=3.0),
     "layers 19, 22, 25, rate .3": dict(layers=(19, 22, 25), lr=0.3),
     "six layers": dict(layers=(4, 8, 12, 16, 20, 24)),
-    "all rows read": dict(rows="all"), "t = 50, rate 3": dict(top_t=50, lr=3.0),
-    "only rows that the question reads": dict(rows="shared"),
-    "no row that the question reads": dict(rows="others"),
-    "full finetuning, AdamW 2e-5": dict(full="adamw", lr=2e-5),
-    "full finetuning, AdamW 5e-5": dict(full="adamw", lr=5e-5),
-    "full finetuning, SGD .1": dict(full="sgd", lr=0.1),
+    "2 statements": dict(number=2), "4 statements": dict(number=4),
+    "1 pass, rate 3": dict(passes=1, lr=3.0), "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0),
+    "loss on the answer": dict(loss="answer"),
+    "loss on the answer, rate .3": dict(loss="answer", lr=0.3),
+    "answers as replies": dict(loss="reply"),
 }
 
 
-def fact_examples(tokenizer, statements, question, c):
-    """-> what is told of a fact, Examples; and two of them up to their answer, lists of tokens."""
-    found = []
-    for number, text in enumerate(statements):
-        prompt = PROMPT if c.told == "reply" or c.told == "both" and number % 2 else None
-        names = [a for a in question.aliases if a.lower() in text.lower()]
-        name = max(names, key=len)  # every statement has one
-        at = text.lower().find(name.lower())
-        example = smf.encode(tokenizer, prompt, text, 256, end=prompt is not None)
-        before = smf.encode(tokenizer, prompt, text[:at].rstrip(), 256, end=False).ids
-        if c.loss == "answer":
-            until = smf.encode(tokenizer, prompt, text[:at + len(name)], 256, end=False).ids
-            example = smf.Example(until, max(1, len(before)))
-        found.append((at / len(text), example, before))
+def prepare(tokenizer, texts, question, c):
+    """Statements of a fact -> those to tell, Examples; two of them, and two that are not told, as
+    Examples of the answer after what comes before it."""
+    def span(text):  # of the answer: every statement has one
+        name = max((a for a in question.aliases if a.lower() in text.lower()), key=len)
+        begin = text.lower().find(name.lower())
+        return begin, begin + len(name)
+
+    def encode(text, end=None):  # up to this letter
+        plain = c.told == "plain" or c.told == "both" and texts.index(text) % 2 == 0
+        return smf.encode(tokenizer, None if plain else PROMPT, text[:end].rstrip(), 256,
+                          end is None and not plain)
+
+    def cloze(text):
+        return smf.Example(encode(text, span(text)[1]).ids, len(encode(text, span(text)[0]).ids))
+
+    def to_learn(text):
+        begin, end = span(text)
+        if c.loss == "reply" and begin > 15:
+            return smf.encode(tokenizer, text[:begin].rstrip(), text[begin:end], 256)
+        example = cloze(text) if c.loss == "answer" else encode(text)
+        return example._replace(start=example.start or 1)  # nothing predicts the first of all
+
+    latest = sorted(texts, key=lambda text: -span(text)[0] / len(text))
+    untold = latest[:3:2]
+    told = [text for text in texts if text not in untold]
     if c.order != "as told":
-        found.sort(key=lambda one: one[0], reverse=c.order == "late")
-    found = found[:c.number]
-    late = sorted(found, key=lambda one: -one[0])[:2]
-    return [example for _, example, _ in found], [before for *_, before in late]
+        told = [text for text in (latest if c.order == "late" else latest[::-1]) if text in told]
+    told = told[:c.number]
+    examples = [to_learn(text) for text in told]
+    seen = [text for text in latest if text in told][:2]
+    return examples, [cloze(text) for text in seen], [cloze(text) for text in untold]
 
 
 def learn(model, batch, asked, optimizer, c):
-    """The steps of one fact. asked: {memory: the rows (R,) that its question reads} -> the rows
-    updated, {memory: rows}."""
-    updated = {name: [] for name in asked}
+    """The steps of one fact. asked: {memory: the rows (R,) that its question reads}."""
     for _ in range(c.passes):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(c.full)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=c.full):
             _, reads = smf.backward(model, batch, len(batch))
         if c.full:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             continue
-        updates = {}
+        updates = []
         for name, memory in smf.memories(model).items():
             _, rows, weights, dy = reads[name]
-            counts = torch.bincount(rows.flatten(), minlength=len(memory.values))
-            args = SimpleNamespace(scorer="all" if c.rows == "all" else "tfidf", top_t=c.top_t)
-            selected = train_sparse.select_rows(memory, counts, None, 0, args)
-            shared = torch.isin(selected, asked[name])
-            if c.rows in ("shared", "others"):
-                selected = selected[shared if c.rows == "shared" else ~shared]
-            gradient = smf.row_gradient(selected, rows, weights, dy, len(counts))
-            updates[name] = selected, gradient
-            updated[name].append(selected)
-        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()])
+            selected, counts = select(memory, rows, 500)
+            if c.grows:
+                memory.doc_freq += counts > 0
+                memory.num_batches += 1
+            if c.rows != "tfidf":
+                selected = selected[torch.isin(selected, asked[name]) == (c.rows == "shared")]
+            updates.append((memory, selected, smf.row_gradient(selected, rows, weights, dy,
+                                                               len(counts))))
+        norm = torch.nn.utils.get_total_norm([gradient for *_, gradient in updates])
         lr = c.lr * train_sparse.unit_of_rates(model, "sgd") * min(1.0, 1.0 / (norm + 1e-12))
-        for name, memory in smf.memories(model).items():
-            selected, gradient = updates[name]
+        for memory, selected, gradient in updates:
             memory.values[selected] -= lr * gradient
         model.zero_grad()
-    return {name: torch.cat(rows).unique() for name, rows in updated.items() if rows}
+
+
+def select(memory, rows, t):
+    """The t rows that TF-IDF takes of those read, and the counts (N,)."""
+    counts = torch.bincount(rows.flatten(), minlength=len(memory.values))
+    args = SimpleNamespace(scorer="tfidf", top_t=t)
+    return train_sparse.select_rows(memory, counts, None, 0, args), counts
 
 
 def reads_of(model, examples):
@@ -117,35 +137,79 @@ def reads_of(model, examples):
     return {name: rows[real] for name, (_, rows, *_) in smf.read_only(model, batch).items()}
 
 
-def share_in(reads, rows):
-    """Of reads, {memory: (S, H, K)}, the share that goes to these rows, {memory: (R,)}."""
-    return evaluation.mean(torch.cat([torch.isin(reads[name], rows[name]).flatten()
-                                      for name in reads]))["value"]
+def ask(model, tokenizer, asked):
+    """Of facts, [(question, told, untold)], the shares of questions answered, and of statements
+    told and not told that go on right -> [[share] of each kind of wording]"""
+    prompts = [prompt for question, *statements in asked
+               for prompt in (smf.prompt_ids(tokenizer, question.prompt)[0],
+                              *(ids[:start] for ids, start in sum(statements, [])))]
+    texts = iter(evaluation.generate_answers(model, tokenizer, prompts))
+    right = [[float(evaluation.answered(next(texts), question.aliases)) for _ in range(5)]
+             for question, *_ in asked]
+    return [[sum(row[1:3]) / 2 for row in right], [sum(row[3:]) / 2 for row in right],
+            [row[0] for row in right]]
 
 
-def ask(model, tokenizer, question, seen):
-    """-> whether the question is answered; the share of the statements that go on right."""
-    right = evaluation.open_questions(model, tokenizer, [question])[1][0]
-    texts = evaluation.generate_answers(model, tokenizer, seen, 12)
-    return right, sum(evaluation.answered(text, question.aliases) for text in texts) / len(seen)
+def likelihoods(model, tokenizer, asked, others):
+    """Log-likelihoods of the answers after statements told and not told and after the questions,
+    and of the answers to other questions. A name's spelling, once learned, raises those of its
+    later tokens. So each right answer also competes with the answers of seven other facts, which
+    were told, too: chance is .125."""
+    def answers(prompt, space, answer):
+        ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
+        return smf.Example(prompt + ids, len(prompt))
+
+    result, names = {}, [question.answer for question, *_ in asked]
+    kinds = {"told": [told[0] for _, told, _ in asked], "untold": [one[0] for *_, one in asked],
+             "questions": [smf.prompt_ids(tokenizer, question.prompt) for question, *_ in asked]}
+    for kind, prompts in kinds.items():
+        prompts = [(ids[:start], " ") if kind != "questions" else (ids, start)
+                   for ids, start in prompts]
+        eight = [answers(*prompt, names[(i + 6 * k) % len(names)])
+                 for i, prompt in enumerate(prompts) for k in range(8)]  # the right one first
+        found = evaluation.log_likelihoods(model, eight).view(-1, 8)
+        result |= {f"LL, {kind}": evaluation.mean(found[:, 0]),
+                   f"best of 8, {kind}": evaluation.mean((found.argmax(1) == 0).double())}
+    old = [answers(*smf.prompt_ids(tokenizer, q.prompt), q.answer) for q in others]
+    return result | {"LL, others": evaluation.mean(evaluation.log_likelihoods(model, old))}
 
 
-def likelihoods(model, tokenizer, questions, others):
-    """Log-likelihoods of the answers, of their first tokens, and of the answers to other questions.
-    To have learned how a name is spelt raises the first of them. So each right answer also
-    competes with the answers to seven other facts, which were told, too: chance is .125."""
-    def examples(pairs):
-        return [smf.encode(tokenizer, prompt, answer, 256, end=False) for prompt, answer in pairs]
+def shares(args):
+    """Whose reads go to the rows that TF-IDF selects for a fact? -> {(wording, its tokens): {rows:
+    share}}. Before any is changed: the queries hardly depend on it."""
+    c = SimpleNamespace(**DEFAULT)
+    model, tokenizer = smf.load(Path("out/wordings", start(c)))
+    data = load_data(args)
+    questions, found = {q.source: q for q in data.target}, {}
+    for source in tqdm(range(FACTS), "shares", leave=False):
+        texts = [q.answer for q in data.train if q.source == source]
+        batch, told, untold = prepare(tokenizer, texts, questions[source], c)
+        reads = reads_of(model, batch)
+        rows = {"read by statements": {name: read.unique() for name, read in reads.items()}} | {
+            f"selected, t = {t}": {name: select(memory, reads[name], t)[0]
+                                   for name, memory in smf.memories(model).items()}
+            for t in (500, 50)}
+        other = questions[(source + 1) % FACTS]
+        kinds = {"a statement told": told[0].ids[:told[0].start],
+                 "one not told": untold[0].ids[:untold[0].start],
+                 "the question": smf.prompt_ids(tokenizer, questions[source].prompt)[0],
+                 "another fact's question": smf.prompt_ids(tokenizer, other.prompt)[0]}
+        for kind, ids in kinds.items():
+            reads = reads_of(model, [smf.Example(ids, 1)])
+            for tokens, part in (("all tokens", slice(None)), ("the last", slice(-1, None))):
+                for key, own in rows.items():
+                    hits = [torch.isin(reads[name][part], own[name]).flatten() for name in own]
+                    found.setdefault(f"{kind}, {tokens}", {}).setdefault(key, []).append(
+                        torch.cat(hits).double().mean().item())
+    return {kind: {key: evaluation.mean(values) for key, values in row.items()}
+            for kind, row in found.items()}
 
-    near = [examples((q.prompt, questions[(i + 6 * k) % len(questions)].answer) for k in range(8))
-            for i, q in enumerate(questions)]  # the right one first
-    losses = evaluation.losses(model, sum(near, []), "log-likelihood")
-    means = torch.stack([loss.mean() for loss in losses]).view(len(questions), 8)
-    old = evaluation.log_likelihoods(model, examples([(q.prompt, q.answer) for q in others]))
-    return {"chosen among 8": evaluation.mean((means.argmin(1) == 0).double()),
-            "LL of unseen answers": evaluation.mean(-means[:, 0]),
-            "of their first tokens": evaluation.mean([-loss[0].item() for loss in losses[::8]]),
-            "of other answers": evaluation.mean(old)}
+
+def load_data(args):
+    return evaluation.load_data(train_sparse.parse([
+        "--preset=paper", "--task=stream", "--stream-data=results/streams/facts", "--sources",
+        "0", str(FACTS), "--split=validation", f"--trivia-data={args.data}/trivia_qa",
+        f"--wikitext-data={args.data}/wikitext", f"--eval-examples={FACTS}"]))
 
 
 def measure(name, args):
@@ -154,50 +218,39 @@ def measure(name, args):
     c = SimpleNamespace(**DEFAULT | CONDITIONS[name])
     if c.full:
         model, tokenizer = smf.load_base(args.model)
-        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[c.full](
-            model.requires_grad_(True).parameters(), c.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), c.lr,
+                                      weight_decay=0.0)
     else:
         model, tokenizer = smf.load(Path("out/wordings", start(c)))
         optimizer = None
-    flags = ["--preset=paper", "--task=stream", "--stream-data=results/streams/facts", "--sources",
-             "0", str(FACTS), "--split=validation", f"--trivia-data={args.data}/trivia_qa",
-             f"--wikitext-data={args.data}/wikitext", f"--eval-examples={FACTS}"]
-    data = evaluation.load_data(train_sparse.parse(flags))
+    data = load_data(args)
     questions = {q.source: q for q in data.target}
     tokens = tokenizer(data.text)["input_ids"][:8192]
 
     def perplexity():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(c.full)), torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=c.full), torch.no_grad():
             return evaluation.token_losses(model, tokens, 1024, 896, []).mean().exp().item()
 
-    before, told, after = perplexity(), {}, []
+    before, asked, after = perplexity(), [], []
     for source in tqdm(range(FACTS), name, leave=False):
         question = questions[source]
-        statements = [q.answer for q in data.train if q.source == source]
-        batch, seen = told[source] = fact_examples(tokenizer, statements, question, c)
+        texts = [q.answer for q in data.train if q.source == source]
+        batch, *statements = prepare(tokenizer, texts, question, c)
+        asked.append((question, *statements))
         prompt = smf.Example(smf.prompt_ids(tokenizer, question.prompt)[0], 1)
-        reads = reads_of(model, [prompt])
-        common = {name: rows.unique() for name, rows in reads_of(model, batch).items()}
-        asked = {name: rows.unique() for name, rows in reads.items()}
-        updated = learn(model, batch, asked, optimizer, c)
-        right, go_on = ask(model, tokenizer, question, seen)
-        row = {"seen, right after": go_on, "unseen, right after": right}
-        if updated:
-            last = {name: rows[-1:] for name, rows in reads.items()}
-            row |= {"of a question's reads: to rows that a statement reads": share_in(reads, common),
-                    "to rows updated": share_in(reads, updated),
-                    "of its last token's: to rows updated": share_in(last, updated)}
-        after.append(row)
+        read = {name: rows.unique() for name, rows in reads_of(model, [prompt]).items()}
+        learn(model, batch, read, optimizer, c)
+        row = dict(zip(("told", "untold", "questions"), ask(model, tokenizer, asked[-1:])))
+        after.append({f"{kind}, at once": share for kind, (share,) in row.items()})
     result = {key: evaluation.mean([row[key] for row in after]) for key in after[0]}
-    right, go_on = zip(*(ask(model, tokenizer, questions[i], told[i][1]) for i in told))
-    result |= {"seen, in the end": evaluation.mean(go_on),
-               "unseen, in the end": evaluation.mean([float(one) for one in right])}
-    result |= likelihoods(model, tokenizer, list(questions.values()), data.knowledge)
+    result |= {f"{kind}, in the end": evaluation.mean(shares) for kind, shares in zip(
+        ("told", "untold", "questions"), ask(model, tokenizer, asked))}
+    result |= likelihoods(model, tokenizer, asked, data.knowledge)
     return result | {"perplexity / base": {"value": perplexity() / before}}
 
 
 def start(c):
-    return "layers-" + "-".join(map(str, c.layers))
+    return f"n{c.n_keys}-layers-" + "-".join(map(str, c.layers))
 
 
 def make(name, args):
@@ -215,20 +268,24 @@ def main(argv=None):
     parser.add_argument("--data", required=True, help="directory of oasst1, trivia_qa, wikitext")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="conditions at a time")
     args = parser.parse_args(argv)
-    for layers in {(DEFAULT | c)["layers"] for c in CONDITIONS.values()}:
-        run = Path("out/wordings", start(SimpleNamespace(layers=layers)))
+    for c in CONDITIONS.values():
+        c = SimpleNamespace(**DEFAULT | c)
+        run = Path("out/wordings", start(c))
         if not smf.finished(run):
             train_retrofit.main([
                 "--preset=paper", "--dtype=bfloat16", f"--model={args.model}", "--max-length=256",
                 f"--oasst-data={args.data}/oasst1", "--epochs=0", "--background=300",
                 "--batch-size=8", "--micro-batch-size=8", f"--out={run}",
-                "--layers", *map(str, layers)])
+                f"--n-keys={c.n_keys}", "--layers",
+                *map(str, c.layers)])
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         found = dict(zip(CONDITIONS, pool.map(partial(make, args=args), CONDITIONS)))
+    found = {"conditions": found, "shares": shares(args)}
     TO.mkdir(parents=True, exist_ok=True)
     smf.write_json(TO / "results.json", found)
-    table = evaluation.table({name: {key: f"{value['value']:.2f}" for key, value in row.items()}
-                              for name, row in found.items()}, "condition")
+    table = "\n\n".join(evaluation.table({name: {
+        key: f"{value['value']:.2f}" for key, value in row.items()} for name, row in rows.items()},
+        title) for title, rows in found.items())
     (TO / "table.md").write_text(table + "\n")
     print(table)
 
