@@ -35,13 +35,13 @@ CHATS = ("--preset paper --dtype bfloat16 --model {model} --oasst-data {data}/oa
          "256 --batch-size 8 --micro-batch-size 8 --examples 50000 --warmup 10 --background 300 "
          "--epochs 0 --n-keys ")
 TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --trivia-data "
-        "{data}/trivia_qa --wikitext-data {data}/wikitext --stride 896 --eval-examples 200 "
-        "--eval-tokens 16384 ")
+        "{data}/trivia_qa --wikitext-data {data}/wikitext --stride 896 --eval-examples 175 "
+        "--eval-tokens 8192 ")
 BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
-TOLD = TASK + "--task stream --stream-data results/streams/facts --passes 2 "
+TOLD = TASK + "--task stream --stream-data results/streams/facts --batch-size 5 --passes 4 "
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
 FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
-         "replay8": "--replay 8", "documents": "--stream-data tiny/documents"}
+         "replay8": "--replay 8", "replay2": "--replay 2", "documents": "--stream-data tiny/documents"}
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
 FLAGS |= {word: f"--scorer {word}" for word in (*SCORERS, "all")}
 STREAM = {  # {rates: conditions}
@@ -61,11 +61,11 @@ REAL = {  # the same of a real model, facts and documents
     "0.3 1 3": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 "
                "additive-all-n128 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
-    "1 3 10": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-count-n128-t50 "
-              "additive-random-n128-t50 additive-tfidf-n512-t500 additive-tfidf-n1024-t500",
+    "1 3 10": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-random-n128-t50 "
+              "additive-tfidf-n512-t500 additive-tfidf-n1024-t500",
     "0.03 0.1 0.3": "additive-tfidf-n128-t500-adamw full-sgd", "0.1 0.3 1": "lora-sgd",
-    "1e-5 2e-5 5e-5": "full full-replay8 full-documents",
-    "1e-4 3e-4 1e-3": "lora lora-replay8 lora-documents"}
+    "1e-5 2e-5 5e-5": "full full-replay2 full-documents",
+    "1e-4 3e-4 1e-3": "lora lora-replay2 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
 # means in this study. thrice: what is done with all seeds (all). headline: of its figure (thrice,
@@ -83,8 +83,8 @@ STUDIES = {
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM, along=10),
     "smollm2": dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"{n}" for n in (128, 512, 1024)},
-        words={"documents": "--stream-data results/streams/documents"}, along=35, thrice=(
-            "additive-n128 additive-tfidf-n128-t500 lora lora-replay8 full full-replay8").split()),
+        words={"documents": "--stream-data results/streams/documents --batch-size 4"}, along=35,
+        thrice="additive-n128 additive-tfidf-n128-t500 lora lora-replay2 full full-replay2".split()),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150"),

@@ -30,7 +30,7 @@ import train_sparse  # noqa: E402
 
 FACTS, PROMPT, TO = 48, "Tell me something that you know.", ROOT / "results/wordings"
 # lr: of SGD on the rows, in the units of train_sparse.py; full: of AdamW on all weights, instead.
-# told: every other statement is a reply to PROMPT. number: of statements. order: which of them.
+# told: half of the statements are replies to PROMPT. number: of statements. order: which of them.
 # loss: on all tokens of a statement; on its answer alone; or "reply", the answer is a reply to what
 # comes before it, if that is something. rows: TF-IDF takes 500 of those read;
 # or, of these, only those that the question reads, too, which no method can know; or the others.
@@ -61,18 +61,21 @@ CONDITIONS = {
 }
 
 
-def prepare(tokenizer, texts, question, c):
-    """Statements of a fact -> those to tell, Examples; two of them, and two that are not told, as
-    Examples of the answer after what comes before it."""
+def prepare(tokenizer, data, question, c):
+    """The statements of a question's fact -> those to tell, Examples; two of them, and two that are
+    not told, as Examples of the answer after what comes before it."""
+    prompts = {q.answer: q.prompt for q in data.train if q.source == question.source}
+    texts = list(prompts)
+
     def span(text):  # of the answer: every statement has one
         name = max((a for a in question.aliases if a.lower() in text.lower()), key=len)
         begin = text.lower().find(name.lower())
         return begin, begin + len(name)
 
     def encode(text, end=None):  # up to this letter
-        plain = c.told == "plain" or c.told == "both" and texts.index(text) % 2 == 0
-        return smf.encode(tokenizer, None if plain else PROMPT, text[:end].rstrip(), 256,
-                          end is None and not plain)
+        prompt = {"both": prompts[text], "plain": None, "reply": PROMPT}[c.told]
+        return smf.encode(tokenizer, prompt, text[:end].rstrip(), 256,
+                          end is None and prompt is not None)
 
     def cloze(text):
         return smf.Example(encode(text, span(text)[1]).ids, len(encode(text, span(text)[0]).ids))
@@ -174,35 +177,28 @@ def likelihoods(model, tokenizer, asked, others):
     return result | {"LL, others": evaluation.mean(evaluation.log_likelihoods(model, old))}
 
 
-def shares(args):
-    """Whose reads go to the rows that TF-IDF selects for a fact? -> {(wording, its tokens): {rows:
-    share}}. Before any is changed: the queries hardly depend on it."""
-    c = SimpleNamespace(**DEFAULT)
+def shares(layers, args):
+    """Whose reads go to the 500 rows that TF-IDF selects for a fact? -> {wording: share}, of all
+    its tokens and of the last, which the answer follows. Before any row is changed."""
+    c = SimpleNamespace(**DEFAULT | dict(layers=layers))
     model, tokenizer = smf.load(Path("out/wordings", start(c)))
     data = load_data(args)
-    questions, found = {q.source: q for q in data.target}, {}
-    for source in tqdm(range(FACTS), "shares", leave=False):
-        texts = [q.answer for q in data.train if q.source == source]
-        batch, told, untold = prepare(tokenizer, texts, questions[source], c)
+    questions, found = [q.prompt for q in data.target], {}
+    for question, q in enumerate(tqdm(data.target, "shares", leave=False)):
+        batch, (told, _), (untold, _) = prepare(tokenizer, data, q, c)
         reads = reads_of(model, batch)
-        rows = {"read by statements": {name: read.unique() for name, read in reads.items()}} | {
-            f"selected, t = {t}": {name: select(memory, reads[name], t)[0]
-                                   for name, memory in smf.memories(model).items()}
-            for t in (500, 50)}
-        other = questions[(source + 1) % FACTS]
-        kinds = {"a statement told": told[0].ids[:told[0].start],
-                 "one not told": untold[0].ids[:untold[0].start],
-                 "the question": smf.prompt_ids(tokenizer, questions[source].prompt)[0],
-                 "another fact's question": smf.prompt_ids(tokenizer, other.prompt)[0]}
-        for kind, ids in kinds.items():
+        selected = {name: select(memory, reads[name], 500)[0]
+                    for name, memory in smf.memories(model).items()}
+        asked = {"a statement told": told.ids[:told.start],
+                 "one not told": untold.ids[:untold.start],
+                 "its question": smf.prompt_ids(tokenizer, questions[question])[0],
+                 "another question": smf.prompt_ids(tokenizer, questions[question - 1])[0]}
+        for kind, ids in asked.items():
             reads = reads_of(model, [smf.Example(ids, 1)])
-            for tokens, part in (("all tokens", slice(None)), ("the last", slice(-1, None))):
-                for key, own in rows.items():
-                    hits = [torch.isin(reads[name][part], own[name]).flatten() for name in own]
-                    found.setdefault(f"{kind}, {tokens}", {}).setdefault(key, []).append(
-                        torch.cat(hits).double().mean().item())
-    return {kind: {key: evaluation.mean(values) for key, values in row.items()}
-            for kind, row in found.items()}
+            for tokens, part in ((kind, slice(None)), (f"{kind}, last token", slice(-1, None))):
+                hits = [torch.isin(reads[name][part], selected[name]).flatten() for name in reads]
+                found.setdefault(tokens, []).append(torch.cat(hits).double().mean().item())
+    return {kind: evaluation.mean(values) for kind, values in found.items()}
 
 
 def load_data(args):
@@ -234,8 +230,7 @@ def measure(name, args):
     before, asked, after = perplexity(), [], []
     for source in tqdm(range(FACTS), name, leave=False):
         question = questions[source]
-        texts = [q.answer for q in data.train if q.source == source]
-        batch, *statements = prepare(tokenizer, texts, question, c)
+        batch, *statements = prepare(tokenizer, data, question, c)
         asked.append((question, *statements))
         prompt = smf.Example(smf.prompt_ids(tokenizer, question.prompt)[0], 1)
         read = {name: rows.unique() for name, rows in reads_of(model, [prompt]).items()}
@@ -280,7 +275,8 @@ def main(argv=None):
                 *map(str, c.layers)])
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         found = dict(zip(CONDITIONS, pool.map(partial(make, args=args), CONDITIONS)))
-    found = {"conditions": found, "shares": shares(args)}
+    found = {"condition": found, "layers: share of reads to the rows of a fact": {
+        str(layers): shares(layers, args) for layers in ((2, 5, 8), (7, 15, 22), (19, 22, 25))}}
     TO.mkdir(parents=True, exist_ok=True)
     smf.write_json(TO / "results.json", found)
     table = "\n\n".join(evaluation.table({name: {
