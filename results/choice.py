@@ -1,10 +1,10 @@
 """When does it matter which rows are updated? Recall by scorer, over the share of rows read.
 
-    python results/choice.py --model SMOLLM2_DIR --data DATA_DIR     # some minutes; after the studies
+    python results/choice.py --model SMOLLM2_DIR --data DATA_DIR      # after the studies
 
 Takes every study's results.json. A setting's scorers are compared at one perplexity: the least that
 all of them reach with one of their rates. Between two rates recall is a straight line over the
-logarithm of the perplexity. Validation wordings. Writes results/choice.md and results/choice.png."""
+logarithm of the perplexity. Validation wordings. Writes results/choice.md and choice.png."""
 
 import argparse
 import json
@@ -37,9 +37,11 @@ SETTINGS = {  # {name: (study, its conditions, start, what is learned)}
     "tiny, stream, n = 128, t = 500": ("tiny-stream", "additive-{}-n128-t500", "tiny-128", ""),
     "tiny, shuffled facts, t = 500": ("tiny", "additive-{}", "tiny-128", "--task=facts"),
     "SmolLM2, stream, t = 50": ("smollm2", "additive-{}-n128-t50", "smollm2-128", PAPER +
-                                "--task=stream --stream-data=results/streams/facts"),
+                                "--task=stream --stream-data=results/streams/facts "
+                                "--batch-size=5"),
     "SmolLM2, stream, t = 500": ("smollm2", "additive-{}-n128-t500", "smollm2-128", PAPER +
-                                 "--task=stream --stream-data=results/streams/facts"),
+                                 "--task=stream --stream-data=results/streams/facts "
+                                "--batch-size=5"),
     "SmolLM2, shuffled facts, t = 500": ("smollm2-facts", "additive-{}-fresh", "smollm2-128",
                                          FACTS),
     "SmolLM2, shuffled choices, t = 500": ("smollm2-medmcqa", "additive-{}-fresh", "smollm2-128",

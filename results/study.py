@@ -41,7 +41,8 @@ BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
 TOLD = TASK + "--task stream --stream-data results/streams/facts --batch-size 5 --passes 4 "
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
 FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
-         "replay8": "--replay 8", "replay2": "--replay 2", "documents": "--stream-data tiny/documents"}
+         "replay2": "--replay 2", "replay8": "--replay 8",
+         "documents": "--stream-data tiny/documents"}
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
 FLAGS |= {word: f"--scorer {word}" for word in (*SCORERS, "all")}
 STREAM = {  # {rates: conditions}
@@ -80,11 +81,13 @@ STUDIES = {
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
         "additive-n512-retrofit": "--epochs 1", "replacement": "--mode replacement --epochs 2 "
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
-        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"}, rates=STREAM, along=10),
+        "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"},
+        rates=STREAM, along=10),
     "smollm2": dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"{n}" for n in (128, 512, 1024)},
         words={"documents": "--stream-data results/streams/documents --batch-size 4"}, along=35,
-        thrice="additive-n128 additive-tfidf-n128-t500 lora lora-replay2 full full-replay2".split()),
+        thrice="additive-n128 additive-tfidf-n128-t500 lora full lora-replay2 full-replay2"
+        .split()),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150"),
