@@ -42,6 +42,7 @@ CONDITIONS = {
     "loss on the answer, rate .3, n = 512": dict(loss="answer", lr=0.3, n_keys=512),
     "full finetuning": dict(full=True, lr=2e-5),
     "full finetuning, loss on the answer": dict(full=True, lr=2e-5, loss="answer"),
+    "full finetuning, loss on the answer, 1e-5": dict(full=True, lr=1e-5, loss="answer"),
     "loss on the answer, rate .3, background grows": dict(loss="answer", lr=0.3, grows=True),
     "16 passes, rate .3": dict(passes=16, lr=0.3),
     "only rows that the question reads": dict(rows="shared"),
@@ -58,6 +59,7 @@ CONDITIONS = {
     "loss on the answer": dict(loss="answer"),
     "loss on the answer, rate .3": dict(loss="answer", lr=0.3),
     "answers as replies": dict(loss="reply"),
+    "answers as replies, rate .3": dict(loss="reply", lr=0.3),
 }
 
 
