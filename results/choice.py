@@ -21,25 +21,22 @@ import eval as evaluation  # noqa: E402
 import smf  # noqa: E402
 import train_retrofit  # noqa: E402
 import train_sparse  # noqa: E402
+from study import CHATS, TASK  # noqa: E402
 
 SCORERS, BATCHES = ("tfidf", "kl", "count", "random", "all"), 20
-PAPER = ("--preset=paper --max-length=256 --micro-batch-size=8 --trivia-data={data}/trivia_qa "
-         "--wikitext-data={data}/wikitext ")
-REAL = ("--preset=paper --dtype=bfloat16 --model={model} --oasst-data={data}/oasst1 --epochs=0 "
-        "--max-length=256 --batch-size=8 --micro-batch-size=8 --background=300 --n-keys=")
-STARTS = {"tiny-128": "--n-keys=128", "tiny-512": "", "smollm2-128": REAL + "128"}
-FACTS = PAPER + "--task=facts --facts-data={data}/trivia_qa --sources 0 160"
-CHOICES = PAPER + "--task=medmcqa --medmcqa-data={data}/medmcqa"
+STARTS = {"tiny-128": "--n-keys=128", "tiny-512": "", "smollm2-128": CHATS + "128"}
+FACTS = TASK + "--task=facts --facts-data={data}/trivia_qa --sources 0 160"
+CHOICES = TASK + "--task=medmcqa --medmcqa-data={data}/medmcqa"
 SETTINGS = {  # {name: (study, its conditions, start, what is learned)}
     "tiny, stream, n = 512, t = 50": ("tiny-stream", "additive-{}-n512-t50", "tiny-512", ""),
     "tiny, stream, n = 512, t = 500": ("tiny-stream", "additive-{}-n512-t500", "tiny-512", ""),
     "tiny, stream, n = 128, t = 50": ("tiny-stream", "additive-{}-n128-t50", "tiny-128", ""),
     "tiny, stream, n = 128, t = 500": ("tiny-stream", "additive-{}-n128-t500", "tiny-128", ""),
     "tiny, shuffled facts, t = 500": ("tiny", "additive-{}", "tiny-128", "--task=facts"),
-    "SmolLM2, stream, t = 50": ("smollm2", "additive-{}-n128-t50", "smollm2-128", PAPER +
+    "SmolLM2, stream, t = 50": ("smollm2", "additive-{}-n128-t50", "smollm2-128", TASK +
                                 "--task=stream --stream-data=results/streams/facts "
                                 "--batch-size=5"),
-    "SmolLM2, stream, t = 500": ("smollm2", "additive-{}-n128-t500", "smollm2-128", PAPER +
+    "SmolLM2, stream, t = 500": ("smollm2", "additive-{}-n128-t500", "smollm2-128", TASK +
                                  "--task=stream --stream-data=results/streams/facts "
                                 "--batch-size=5"),
     "SmolLM2, shuffled facts, t = 500": ("smollm2-facts", "additive-{}-fresh", "smollm2-128",

@@ -22,15 +22,16 @@ SOURCES = (0, 41, 122)  # a birthplace, a profession, an employer
 TO = ROOT / "results/tiny-stream"
 
 
-def reads_of(model, example):
-    """{memory: rows (T, H, K)} that an Example reads."""
-    batch = smf.collate([example], model.device)
-    return {name: rows[0] for name, (_, rows, *_) in smf.read_only(model, batch).items()}
+def reads_of(model, examples):
+    """{memory: rows (S, H, K)} that all S tokens of Examples read."""
+    batch = smf.collate(examples, model.device)
+    real = batch["attention_mask"].bool()
+    return {name: rows[real] for name, (_, rows, *_) in smf.read_only(model, batch).items()}
 
 
 def core_set(model, examples):
     """{memory: the set of rows that every one of the Examples reads}"""
-    reads = [reads_of(model, example) for example in examples]
+    reads = [reads_of(model, [example]) for example in examples]
     return {name: set.intersection(*(set(read[name].flatten().tolist()) for read in reads))
             for name in reads[0]}
 
@@ -50,7 +51,7 @@ def draw(axis, model, tokenizer, examples, core):
     """The tokens of the Examples, a line each, coloured by their reads of the core set."""
     shares = [[sum(row in core[name] for name in core for row in reads[name][at].flatten().tolist())
                for at in range(len(example.ids))] for example in examples
-              for reads in [reads_of(model, example)]]  # [example][token]
+              for reads in [reads_of(model, [example])]]  # [example][token]
     most = max(map(max, shares))
     for line, (example, row) in enumerate(zip(examples, shares)):
         x = 0.0
@@ -77,7 +78,7 @@ def main():
         question = next(q for q in data.target if q.source == source)
         asked = smf.Example(smf.prompt_ids(tokenizer, question.prompt)[0], 1)
         core = core_set(model, [*plan[0], asked])
-        one = {name: len(read.unique()) for name, read in reads_of(model, plan[0][0]).items()}
+        one = {name: len(read.unique()) for name, read in reads_of(model, [plan[0][0]]).items()}
         draw(axis, model, tokenizer, [*plan[0][::2], asked], core)
         with tempfile.TemporaryDirectory() as run:
             learned = train_sparse.train(model, plan[:1], Path(run), args, tokenizer, data)

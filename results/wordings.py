@@ -27,6 +27,8 @@ import eval as evaluation  # noqa: E402
 import smf  # noqa: E402
 import train_retrofit  # noqa: E402
 import train_sparse  # noqa: E402
+from core_set import reads_of  # noqa: E402
+from study import CHATS  # noqa: E402
 
 FACTS, PROMPT, TO = 48, "Tell me something that you know.", ROOT / "results/wordings"
 # lr: of SGD on the rows, in the units of train_sparse.py; full: of AdamW on all weights, instead.
@@ -113,7 +115,7 @@ def learn(model, batch, asked, optimizer, c):
         updates = []
         for name, memory in smf.memories(model).items():
             _, rows, weights, dy = reads[name]
-            selected, counts = select(memory, rows, 500)
+            selected, counts = select(memory, rows)
             if c.grows:
                 memory.doc_freq += counts > 0
                 memory.num_batches += 1
@@ -128,18 +130,11 @@ def learn(model, batch, asked, optimizer, c):
         model.zero_grad()
 
 
-def select(memory, rows, t):
-    """The t rows that TF-IDF takes of those read, and the counts (N,)."""
+def select(memory, rows):
+    """The 500 rows that TF-IDF takes of those read, and the counts (N,)."""
     counts = torch.bincount(rows.flatten(), minlength=len(memory.values))
-    args = SimpleNamespace(scorer="tfidf", top_t=t)
+    args = SimpleNamespace(scorer="tfidf", top_t=500)
     return train_sparse.select_rows(memory, counts, None, 0, args), counts
-
-
-def reads_of(model, examples):
-    """{memory: rows (S, H, K)} that Examples read."""
-    batch = smf.collate(examples, model.device)
-    real = batch["attention_mask"].bool()
-    return {name: rows[real] for name, (_, rows, *_) in smf.read_only(model, batch).items()}
 
 
 def ask(model, tokenizer, asked):
@@ -189,7 +184,7 @@ def shares(layers, args):
     for question, q in enumerate(tqdm(data.target, "shares", leave=False)):
         batch, (told, _), (untold, _) = prepare(tokenizer, data, q, c)
         reads = reads_of(model, batch)
-        selected = {name: select(memory, reads[name], 500)[0]
+        selected = {name: select(memory, reads[name])[0]
                     for name, memory in smf.memories(model).items()}
         asked = {"a statement told": told.ids[:told.start],
                  "one not told": untold.ids[:untold.start],
@@ -269,12 +264,8 @@ def main(argv=None):
         c = SimpleNamespace(**DEFAULT | c)
         run = Path("out/wordings", start(c))
         if not smf.finished(run):
-            train_retrofit.main([
-                "--preset=paper", "--dtype=bfloat16", f"--model={args.model}", "--max-length=256",
-                f"--oasst-data={args.data}/oasst1", "--epochs=0", "--background=300",
-                "--batch-size=8", "--micro-batch-size=8", f"--out={run}",
-                f"--n-keys={c.n_keys}", "--layers",
-                *map(str, c.layers)])
+            flags = CHATS.format(model=args.model, data=args.data) + str(c.n_keys)
+            train_retrofit.main([*flags.split(), f"--out={run}", "--layers", *map(str, c.layers)])
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         found = dict(zip(CONDITIONS, pool.map(partial(make, args=args), CONDITIONS)))
     found = {"condition": found, "layers: share of reads to the rows of a fact": {
