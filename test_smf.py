@@ -32,7 +32,8 @@ import train_sparse
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "results"))
-import architectures, cost, study  # noqa: E401, E402
+import architectures, cost, plain, study  # noqa: E401, E402
+from choice import compare  # noqa: E402
 SHAPE = {"n_keys": 16, "heads": 2, "k_dim": 8, "top_k": 4}
 RETROFIT = ["--n-keys=32", "--top-k=4", "--examples=64", "--background=40", "--steps=4"]
 QUICK = ["--task=facts", "--eval-examples=2", "--eval-tokens=130", "--steps=6"]
@@ -1128,6 +1129,20 @@ def test_the_measures_of_a_model_are_those_of_its_parts(task, first):
     assert result["target"] == evaluation.mean(right) and result["untaught"]["n"] == 5
 
 
+def test_the_measures_are_those_of_a_plain_loop_that_shares_no_code():
+    model, tokenizer = smf.load_base("tiny/model")
+    args = train_sparse.parse(["--eval-examples=9", "--eval-tokens=300"])
+    data = evaluation.load_data(args)
+    found = evaluation.evaluate(model, tokenizer, data, args)
+    assert plain.perplexity(model, tokenizer, data.text, vars(args)) == pytest.approx(
+        found["perplexity"]["value"], 1e-4)
+    for name in ("target", "knowledge"):
+        rows = [{"question": q.prompt, "answer": {"value": q.answer, "aliases": q.aliases}}
+                for q in getattr(data, name)]
+        assert plain.recall(model, tokenizer, rows) == pytest.approx(
+            (found[name]["value"], found[f"{name} LL"]["value"]), abs=1e-4)
+
+
 def test_log_likelihoods_and_answers_do_not_depend_on_the_batch():
     model, tokenizer = smf.load_base("tiny/model")
     questions = knowledge_questions(12)
@@ -1930,6 +1945,20 @@ def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs)
     assert study.accounting(runs / "tfidf")["rows touched"] == f"{touched:,}"
     pyplot = pytest.importorskip("matplotlib.pyplot")
     study.plot(pyplot, result, [["full"], []], Path("frontier.png"))
+
+
+def test_scorers_are_compared_at_a_perplexity_that_each_of_them_has():
+    ratio, found = compare("tiny-stream", "additive-{}-n512-t50")
+    results = smf.read_json(ROOT / "results/tiny-stream/results.json")
+    at = ratio * results["base"]["validation"][""]["0"]["perplexity"][0]
+    assert found.keys() == {"tfidf", "kl", "count", "random", "all"} and ratio > 1
+    for scorer, target in found.items():
+        name = f"additive-{scorer}-n512" + "-t50" * (scorer != "all")
+        points = sorted((row["0"]["perplexity"][0], row["0"]["target"][0])
+                        for row in results[name]["validation"].values())
+        around = ([t for x, t in points if x <= at + 1e-9][-1],
+                  [t for x, t in points if x >= at - 1e-9][0])
+        assert min(around) - 1e-9 <= target <= max(around) + 1e-9
 
 
 def test_costs_are_measured():
