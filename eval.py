@@ -41,8 +41,8 @@ def add_flags(parser):
     add = parser.add_argument_group("task and evaluation").add_argument
     add("--task", choices=["stream", "facts", "medmcqa"], help="sources told one after the other, "
         "and asked for; or shuffled: facts, four-choice questions")
-    add("--stream-data", help="what to tell: columns text and, if there, source and prompt; or a "
-        ".txt of paragraphs. Its test split asks for it")
+    add("--stream-data", help="what to tell: columns text and, if there, source, prompt and answer "
+        "(words of the text: learn these alone); or a .txt of paragraphs. Its test split asks it")
     add("--facts-data", help="facts to learn, in the layout of TriviaQA")
     add("--medmcqa-data", help="four-choice questions to learn, in the layout of MedMCQA")
     add("--sources", type=int, nargs=2, metavar=("FIRST", "END"), help="learn these sources, facts "
@@ -68,6 +68,7 @@ def add_flags(parser):
 class Question(NamedTuple):
     prompt: str  # None: to be told without one
     answer: str
+    before: str = ""  # of a text: what stands before the answer, and is not learned
     aliases: list = []  # of an open question: what counts as an answer
     options: list = []  # of a multiple-choice question
     source: int = None  # the place of its source, or fact, in the data
@@ -85,24 +86,28 @@ def load_questions(flag, name, split, told=False, required=True):
     """Rows in TriviaQA's layout, or with a plain answer; or, told, of a stream: texts, some with a
     prompt -> [(id, Question)], id: the source, else the question_id, else None."""
     columns, questions = ("text",) if told else ("question", "answer"), []
-    rows = smf.load_rows(flag, name, split, columns, ("prompt", "source", "question_id"), required)
+    optional = ("prompt", "source", "question_id", *["answer"] * told)
+    rows = smf.load_rows(flag, name, split, columns, optional, required)
     for number, row in enumerate(rows, 1):
         answer = row["text" if told else "answer"]
         answer = answer if isinstance(answer, dict) else {"value": answer}
         aliases = answer.get("aliases") or []
         prompt = row.get("prompt") or None if told else row["question"]
         value = answer.get("value")
-        value = str(value) if isinstance(value, (str, int, float)) else ""
+        value, before = str(value) if isinstance(value, (str, int, float)) else "", ""
+        if told and row.get("answer"):  # learn these words of the text; what follows is left out
+            before, value, _ = value.partition(str(row["answer"]))
         source, none = row.get("source", row.get("question_id")), told and prompt is None
         if not (value.strip() and (none or isinstance(prompt, str) and prompt.strip()) and
                 (source not in (None, "") or "source" not in row)):
             raise smf.BadInput(f"{flag} {name}: row {number} of {split} has no text, or no answer "
-                               f"(answer.value), or no source; give it, or remove the row")
+                               f"(answer.value), or no source, or an answer that is not in its "
+                               f"text; mend or remove the row")
         if not isinstance(aliases, list) or any(isinstance(a, (list, dict)) for a in aliases):
             raise smf.BadInput(f"{flag} {name}: row {number} of {split}: give aliases as a list")
         aliases = [value, *map(str, filter(None, aliases))]
         questions.append((source if source is None else str(source),
-                          Question(prompt, value.strip(), aliases)))
+                          Question(prompt, value.strip(), before.strip(), aliases)))
     return questions
 
 
@@ -187,7 +192,7 @@ def training_plan(model, tokenizer, data, args):
     if not args.stride < args.window <= context_length(model):
         raise smf.BadInput(f"--window {args.window}, --stride {args.stride}: give a window of at "
                            f"most {context_length(model)} tokens, and a stride of less")
-    examples = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.max_length)
+    examples = smf.encode_all(tokenizer, [q[:3] for q in data.train], args.max_length)
     for q, (ids, start) in zip(data.train, examples):
         if start == len(ids):
             raise smf.BadInput(f"--{args.task}-data: {q.answer!r} is one token: none to predict")
@@ -329,7 +334,7 @@ def evaluate(model, tokenizer, data, args):
     if args.task == "stream" and data.target:
         result |= quarters(data.target, rights["target"], data.train)
     elif args.task == "stream":
-        texts = smf.encode_all(tokenizer, [q[:2] for q in data.train], args.window)
+        texts = smf.encode_all(tokenizer, [q[:3] for q in data.train], args.window)
         result["target LL"] = mean(log_likelihoods(model, texts))
     tokens = tokenizer(data.text, add_special_tokens=False)["input_ids"][:args.eval_tokens]
     first = smf.prompt_ids(tokenizer, None)[0]

@@ -261,6 +261,13 @@ def top_rows(scores, counts, t):
     return read[order[:t]].sort().values  # (t,)
 
 
+def harm(background_counts):
+    """How a change of each row disturbs general text: its reads C_i, beside those of the mean row
+    -> (N,). The + .1 is for text that the background has not seen. Ours: of all steps with the same
+    harm in all, sum(harm_i |step_i|**2), gradient_i / harm_i lowers the loss the most."""
+    return background_counts / background_counts.float().mean() + 0.1  # (N,)
+
+
 # 5. Updating the selected rows and nothing else
 
 def mask_gradient(values, mask):
@@ -314,7 +321,7 @@ class RowOptimizer:
 
     @torch.no_grad()
     def step(self, rows, gradient, lr):
-        """Update values[rows], rows (t,) without repeats, by their gradient (t, D)."""
+        """Update values[rows], rows (t,) without repeats, by gradient (t, D). lr: also (t, 1)."""
         at, (beta1, beta2) = self.indices(rows), self.betas  # (t,)
         if self.kind == "adamw":
             self.age[at] += 1
@@ -582,21 +589,26 @@ def prompt_ids(tokenizer, prompt):
     return ids, "" if text[-1:].isspace() else " "
 
 
-def encode(tokenizer, prompt, answer, max_length, end=True):
+def encode(tokenizer, prompt, answer, max_length, end=True, before=""):
     """-> Example. Too long, the answer loses its end down to max_length / 2, then the prompt its
-    beginning: so a chat template mostly stays whole. end: add the end token, as in training."""
+    beginning: so a chat template mostly stays whole. end: add the end token, as in training.
+    before: what stands between prompt and answer, and is not learned."""
     prompt, space = prompt_ids(tokenizer, prompt)
+    if before:
+        prompt += tokenizer(space + before, add_special_tokens=False)["input_ids"]
+        space = " "
     ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
     ids = (ids + [tokenizer.eos_token_id] * end)[:max(max_length - len(prompt), max_length // 2)]
     prompt = prompt[-(max_length - len(ids)):]
     return Example(prompt + ids, len(prompt) or 1)  # nothing predicts the first token of all
 
 
-def encode_all(tokenizer, pairs, max_length):
-    """Examples to learn of (prompt, answer) pairs; after an answer without a prompt, a plain text,
-    there is no end token, because it may go on. Says how many are cut."""
-    examples = [encode(tokenizer, prompt, answer, max_length, end=prompt is not None)
-                for prompt, answer in tqdm(pairs, "tokenize", leave=False)]
+def encode_all(tokenizer, texts, max_length):
+    """Examples to learn of (prompt, answer), or (prompt, answer, before); after an answer without a
+    prompt, or a part of it, there is no end token: it may go on. Says how many are cut."""
+    examples = [encode(tokenizer, prompt, answer, max_length,
+                       prompt is not None and not any(before), *before)
+                for prompt, answer, *before in tqdm(texts, "tokenize", leave=False)]
     long = sum(len(ids) == max_length for ids, _ in examples)
     if long:
         print(f"{long} of {len(examples)} texts reach --max-length {max_length}: cut there")

@@ -247,6 +247,7 @@ def test_the_scorers_are_pure_and_equal_to_numbers_by_hand():
     q = [10 / 20, 1 / 20, 4 / 20, 5 / 20]
     kl = [.5 * math.log(.5 / q[0]), .25 * math.log(.25 / q[1]), 0, .25 * math.log(.25 / q[3])]
     assert smf.kl_scores(counts, background).tolist() == pytest.approx(kl, abs=1e-6)
+    assert smf.harm(background).tolist() == pytest.approx([2.35, 0.1, 0.85, 1.1])
     assert counts.tolist() == [2, 1, 0, 1] and background.tolist() == [9, 0, 3, 4]
 
 
@@ -912,11 +913,13 @@ def test_general_chats_are_the_replies_of_the_assistant(tmp_path):
 
 # Stage 2 as a plain loop, rates and batches
 
-def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--least-harm"]], ids=["plain", "least-harm"])
+def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path, more):
     """The library's own loss, the whole batch at once, autograd's gradient of V and of the alphas,
-    both clipped by the norm of V's; SGD on V, AdamW on the alphas; warm-up and cosine."""
+    both clipped by the norm of V's; SGD on V, AdamW on the alphas; warm-up and cosine. With
+    --least-harm a row's step is divided by its share of the background's reads."""
     run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=30", f"--out={tmp_path / 'parent'}")
-    flags = ["--scorer=all", "--optimizer=sgd", "--lr=3e-4", "--train-alpha", "--alpha-lr=0.05"]
+    flags = ["--scorer=all", "--lr=3e-4", "--train-alpha", "--alpha-lr=0.05", *more]
     sparse(tmp_path / "parent", tmp_path / "run", *flags, "--warmup=2")
     ended, (model, tokenizer) = smf.load(tmp_path / "run")[0], smf.load(tmp_path / "parent")
     plan = batches_of(model, tokenizer, train_sparse.parse([*QUICK, *flags]))
@@ -931,6 +934,9 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path):
         library_loss(model, batch).backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in values]).item())
         torch.nn.utils.clip_grads_with_norm_(trained.values(), 1.0, torch.tensor(norms[-1]))
+        for memory in smf.memories(model).values() if more else ():
+            reads = memory.background_counts / memory.background_counts.sum()  # (N,)
+            memory.values.grad /= (reads * len(reads) + 0.1)[:, None]
         factor = min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 6))
         for optimizer, lr in ((sgd, 3e-4 / 0.01**2), (adamw, 0.05)):
             optimizer.param_groups[0]["lr"] = factor * lr
@@ -1369,8 +1375,8 @@ def stream(path, texts=("A.", "B.", "C."), questions=None, **columns):
 
 
 def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path):
-    data = stream(tmp_path, ["A.", "B.", "C.", "D."], source=["x", 7, "x", "z"],
-                  prompt=[None, "Say B.", None, None], questions=[
+    data = stream(tmp_path, ["A.", "B.", "C.", "D is 4, or so."], source=["x", 7, "x", "z"],
+                  answer=["", "", "", "4"], prompt=[None, "Say B.", None, None], questions=[
                       {"question": f"{s}?", "answer": f"{i}", "source": s}
                       for i, s in enumerate(("z", "x", 7))])
     found = load_data(f"--stream-data={data}")
@@ -1380,8 +1386,8 @@ def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path)
         f"--stream-data={data}", "--passes=1", "--batch-size=1"])
     plan, _ = evaluation.training_plan(model, tokenizer, found, args)
     assert [tokenizer.decode(b[0].ids) for b in plan] == [
-        "A.", "<|user|>Say B.<|assistant|> B.<|end|>", "D."]  # a plain text has no end
-    assert [b[0].start for b in plan[::2]] == [1, 1]
+        "A.", "<|user|>Say B.<|assistant|> B.<|end|>", "D is 4"]  # a plain text has no end
+    assert tokenizer.decode(plan[2][0].ids[plan[2][0].start:]) == " 4" and plan[0][0].start == 1
     few = load_data(f"--stream-data={data}", "--eval-examples=2")
     assert [q.source for q in few.target] == [2, 1]  # the first and the last, evenly
     later = load_data(f"--stream-data={data}", "--sources", 1, 2)  # and what came before is asked
@@ -1672,6 +1678,7 @@ BAD += [  # script, flags, a word of the line, what is broken first
         ("source y", [["A."]], {"source": ["x"], "questions": [fact(source="y")]}),
         ("row 1 of test", [["A."]], {"source": ["x"], "questions": [fact(source=None)]}))),
     ("sparse", STREAM, "'A' is one token", lambda: stream(Path("data"), ["A", "B."])),
+    ("sparse", STREAM, "row 2 of train", lambda: stream(Path("data"), answer=["A", "no", ""])),
     ("sparse", STREAM, "of different kinds", lambda: [
         stream(Path("data")), Path("data/train.txt").write_text("A.")]),
     ("sparse", ["--task=stream", "--sources", "3", "3"], "--sources 3 3"),

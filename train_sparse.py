@@ -30,7 +30,7 @@ PRESETS = {
 TOP_T = {"stream": 50, "shuffled": 500}
 LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.03}, "shuffled": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
-            "optimizer", "lr", "train_alpha", "alpha_lr")
+            "optimizer", "lr", "least_harm", "train_alpha", "alpha_lr")
 
 
 def parse(argv=None):
@@ -50,6 +50,8 @@ def parse(argv=None):
     add("--top-t", type=int, help=f"rows updated per memory and step ({TOP_T})")
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of the rows")
     add("--lr", type=float, help=f"learning rate of the rows ({LEARNING_RATE})")
+    add("--least-harm", action="store_true", help="ours: divide the step of each row by how often "
+        "general text reads it")
     add("--train-alpha", action="store_true", help="+S [Gupta26]: train the alphas, too")
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of the alphas")
     evaluation.add_flags(parser)
@@ -99,6 +101,8 @@ def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {nam
                   for name, memory in memories.items()}
     alphas = {name: p for name, p in model.named_parameters()
               if name.endswith(".mlp.alpha") and args.train_alpha}
+    harm = {f"{name}.values": smf.harm(memory.background_counts)  # (N,) each
+            for name, memory in memories.items() if args.least_harm}
     for name, alpha in alphas.items():  # +S: a table of one row, which every step selects
         optimizers[name] = smf.RowOptimizer(alpha.requires_grad_().detach().view(1, 1))
     done, state = smf.load_checkpoint(run)
@@ -129,6 +133,7 @@ def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {nam
                 rows=[len(updates[f"{name}.values"][0]) for name in memories], **asked)
         for name, (selected, gradient) in updates.items():
             lr = factor * (args.alpha_lr if name in alphas else args.lr * unit)
+            lr = lr / harm[name][selected, None] if name in harm else lr  # (t, 1)
             optimizers[name].step(selected, gradient * min(1.0, 1.0 / (norm + 1e-12)), lr)
         model.zero_grad()
         if (step + 1) % args.save_every == 0:

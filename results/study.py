@@ -40,7 +40,7 @@ TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --tri
 BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
 TOLD = TASK + "--task stream --stream-data results/streams/facts --batch-size 5 --passes 4 "
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
-FLAGS = {"+s": "--train-alpha", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
+FLAGS = {"+s": "--train-alpha", "harm": "--least-harm", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
          "replay2": "--replay 2", "replay8": "--replay 8",
          "documents": "--stream-data tiny/documents"}
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
@@ -52,6 +52,10 @@ STREAM = {  # {rates: conditions}
     ) + "".join(f" additive-{name}-t50" for name in [
         f"{scorer}-{n}" for scorer in SCORERS[:4] for n in ("n128", "n512")]
         + ["tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked"]),
+    "0.01 0.03 0.1": "additive-tfidf-n512-t50-harm additive-tfidf-n128-t50-harm "
+                     "additive-tfidf-n512-t500-harm additive-kl-n512-t50-harm "
+                     "additive-count-n512-t50-harm additive-random-n512-t50-harm "
+                     "additive-all-n512-harm additive-all-n128-harm",
     "0.3 1 3": "replacement-tfidf-t500 additive-random-n128-t50 additive-random-n512-t50",
     "0.1 0.3 1": "lora-sgd-replay8 additive-tfidf-n512-t500-documents "
                  "additive-tfidf-n512-t10000-documents",

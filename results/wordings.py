@@ -30,7 +30,8 @@ import train_sparse  # noqa: E402
 from core_set import reads_of  # noqa: E402
 from study import CHATS  # noqa: E402
 
-FACTS, PROMPT, TO = 48, "Tell me something that you know.", ROOT / "results/wordings"
+STREAM, TO = ROOT / "results/streams/facts", ROOT / "results/wordings"
+FACTS, PROMPT = 48, "Tell me something that you know."
 # lr: of SGD on the rows, in the units of train_sparse.py; full: of AdamW on all weights, instead.
 # told: half of the statements are replies to PROMPT. number: of statements. order: which of them.
 # loss: on all tokens of a statement; on its answer alone; or "reply", the answer is a reply to what
@@ -68,7 +69,9 @@ CONDITIONS = {
 def prepare(tokenizer, data, question, c):
     """The statements of a question's fact -> those to tell, Examples; two of them, and two that are
     not told, as Examples of the answer after what comes before it."""
-    prompts = {q.answer: q.prompt for q in data.train if q.source == question.source}
+    rows = list(map(json.loads, open(STREAM / "train.jsonl")))
+    source = list(dict.fromkeys(row["source"] for row in rows))[question.source]
+    prompts = {row["text"]: row["prompt"] for row in rows if row["source"] == source}
     texts = list(prompts)
 
     def span(text):  # of the answer: every statement has one
