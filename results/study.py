@@ -40,8 +40,8 @@ TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --tri
 BASE, ADAMW = "--dtype bfloat16 --model {model}", "--optimizer adamw"
 TOLD = TASK + "--task stream --stream-data results/streams/facts --batch-size 5 --passes 4 "
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
-FLAGS = {"+s": "--train-alpha", "harm": "--least-harm", "sgd": "--optimizer sgd", "adamw": "--optimizer adamw",
-         "replay2": "--replay 2", "replay8": "--replay 8",
+FLAGS = {"+s": "--train-alpha", "harm": "--least-harm", "sgd": "--optimizer sgd",
+         "adamw": "--optimizer adamw", "replay2": "--replay 2", "replay8": "--replay 8",
          "documents": "--stream-data tiny/documents"}
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
 FLAGS |= {word: f"--scorer {word}" for word in (*SCORERS, "all")}

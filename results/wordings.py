@@ -35,11 +35,11 @@ FACTS, PROMPT = 48, "Tell me something that you know."
 # lr: of SGD on the rows, in the units of train_sparse.py; full: of AdamW on all weights, instead.
 # told: half of the statements are replies to PROMPT. number: of statements. order: which of them.
 # loss: on all tokens of a statement; on its answer alone; or "reply", the answer is a reply to what
-# comes before it, if that is something. rows: TF-IDF takes 500 of those read;
-# or, of these, only those that the question reads, too, which no method can know; or the others.
-# grows: each batch told is one more example of the background.
+# comes before it, if that is something. rows: TF-IDF takes 500 of those read, or "all" are taken;
+# or, of the 500, only those that the question reads, too, which no method can know; or the others.
+# harm: --least-harm. grows: each batch told is one more example of the background.
 DEFAULT = dict(layers=(7, 15, 22), n_keys=128, lr=1.0, full=False, passes=4, told="both", number=8,
-               order="as told", loss="all", rows="tfidf", grows=False)
+               order="as told", loss="all", rows="tfidf", harm=False, grows=False)
 CONDITIONS = {
     "nothing": dict(passes=0), "default": {},
     "loss on the answer, rate .3, n = 512": dict(loss="answer", lr=0.3, n_keys=512),
@@ -47,7 +47,6 @@ CONDITIONS = {
     "full finetuning, loss on the answer": dict(full=True, lr=2e-5, loss="answer"),
     "full finetuning, loss on the answer, 1e-5": dict(full=True, lr=1e-5, loss="answer"),
     "loss on the answer, rate .3, background grows": dict(loss="answer", lr=0.3, grows=True),
-    "16 passes, rate .3": dict(passes=16, lr=0.3),
     "only rows that the question reads": dict(rows="shared"),
     "no row that the question reads": dict(rows="others"),
     "4 statements, answers early": dict(number=4, order="early"),
@@ -61,6 +60,15 @@ CONDITIONS = {
     "1 pass, rate 3": dict(passes=1, lr=3.0), "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0),
     "loss on the answer": dict(loss="answer"),
     "loss on the answer, rate .3": dict(loss="answer", lr=0.3),
+    "loss on the answer, all rows, rate .1": dict(loss="answer", rows="all", lr=0.1),
+    "loss on the answer, least harm, all rows, rate .1": dict(
+        loss="answer", harm=True, rows="all", lr=0.1),
+    "loss on the answer, least harm, all rows, rate .3": dict(
+        loss="answer", harm=True, rows="all", lr=0.3),
+    "loss on the answer, least harm, rate .3": dict(loss="answer", harm=True, lr=0.3),
+    "least harm, rate .3": dict(harm=True, lr=0.3),
+    "loss on the answer, least harm, rate .3, n = 512": dict(
+        loss="answer", harm=True, lr=0.3, n_keys=512),
     "answers as replies": dict(loss="reply"),
     "answers as replies, rate .3": dict(loss="reply", lr=0.3),
 }
@@ -118,25 +126,26 @@ def learn(model, batch, asked, optimizer, c):
         updates = []
         for name, memory in smf.memories(model).items():
             _, rows, weights, dy = reads[name]
-            selected, counts = select(memory, rows)
+            selected, counts = select(memory, rows, "all" if c.rows == "all" else "tfidf")
             if c.grows:
                 memory.doc_freq += counts > 0
                 memory.num_batches += 1
-            if c.rows != "tfidf":
+            if c.rows in ("shared", "others"):
                 selected = selected[torch.isin(selected, asked[name]) == (c.rows == "shared")]
             updates.append((memory, selected, smf.row_gradient(selected, rows, weights, dy,
                                                                len(counts))))
         norm = torch.nn.utils.get_total_norm([gradient for *_, gradient in updates])
         lr = c.lr * train_sparse.unit_of_rates(model, "sgd") * min(1.0, 1.0 / (norm + 1e-12))
         for memory, selected, gradient in updates:
-            memory.values[selected] -= lr * gradient
+            harm = smf.harm(memory.background_counts)[selected, None] if c.harm else 1.0
+            memory.values[selected] -= lr * gradient / harm
         model.zero_grad()
 
 
-def select(memory, rows):
-    """The 500 rows that TF-IDF takes of those read, and the counts (N,)."""
+def select(memory, rows, scorer="tfidf"):
+    """The 500 rows that TF-IDF takes of those read, or all of them; and the counts (N,)."""
     counts = torch.bincount(rows.flatten(), minlength=len(memory.values))
-    args = SimpleNamespace(scorer="tfidf", top_t=500)
+    args = SimpleNamespace(scorer=scorer, top_t=500)
     return train_sparse.select_rows(memory, counts, None, 0, args), counts
 
 
