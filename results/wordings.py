@@ -77,7 +77,8 @@ CONDITIONS = {
 def prepare(tokenizer, data, question, c):
     """The statements of a question's fact -> those to tell, Examples; two of them, and two that are
     not told, as Examples of the answer after what comes before it."""
-    rows = list(map(json.loads, open(STREAM / "train.jsonl")))
+    rows = [json.loads(line) for name in ("train", "early")
+            for line in open(STREAM / f"{name}.jsonl")]
     source = list(dict.fromkeys(row["source"] for row in rows))[question.source]
     prompts = {row["text"]: row["prompt"] for row in rows if row["source"] == source}
     texts = list(prompts)
