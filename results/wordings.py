@@ -42,35 +42,40 @@ DEFAULT = dict(layers=(7, 15, 22), n_keys=128, lr=1.0, full=False, passes=4, tol
                order="as told", loss="all", rows="tfidf", harm=False, grows=False)
 CONDITIONS = {
     "nothing": dict(passes=0), "default": {},
-    "loss on the answer, rate .3, n = 512": dict(loss="answer", lr=0.3, n_keys=512),
-    "full finetuning": dict(full=True, lr=2e-5),
-    "full finetuning, loss on the answer": dict(full=True, lr=2e-5, loss="answer"),
-    "full finetuning, loss on the answer, 1e-5": dict(full=True, lr=1e-5, loss="answer"),
-    "loss on the answer, rate .3, background grows": dict(loss="answer", lr=0.3, grows=True),
+    "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0), "1 pass, rate 3": dict(passes=1, lr=3.0),
+    "plain statements": dict(told="plain"), "replies": dict(told="reply"),
+    "answers as replies": dict(loss="reply"),
+    "answers as replies, rate .3": dict(loss="reply", lr=0.3),
+    "layers 2, 5, 8, rate 3": dict(layers=(2, 5, 8), lr=3.0),
+    "layers 19, 22, 25, rate .3": dict(layers=(19, 22, 25), lr=0.3),
     "only rows that the question reads": dict(rows="shared"),
     "no row that the question reads": dict(rows="others"),
     "4 statements, answers early": dict(number=4, order="early"),
     "4 statements, answers late": dict(number=4, order="late"),
-    "full finetuning, answers as replies": dict(full=True, lr=2e-5, loss="reply"),
-    "plain statements": dict(told="plain"), "replies": dict(told="reply"),
-    "layers 2, 5, 8, rate 3": dict(layers=(2, 5, 8), lr=3.0),
-    "layers 19, 22, 25, rate .3": dict(layers=(19, 22, 25), lr=0.3),
-    "six layers": dict(layers=(4, 8, 12, 16, 20, 24)),
-    "2 statements": dict(number=2), "4 statements": dict(number=4),
-    "1 pass, rate 3": dict(passes=1, lr=3.0), "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0),
     "loss on the answer": dict(loss="answer"),
     "loss on the answer, rate .3": dict(loss="answer", lr=0.3),
+    "loss on the answer, rate .3, n = 512": dict(loss="answer", lr=0.3, n_keys=512),
+    "loss on the answer, rate .3, background grows": dict(loss="answer", lr=0.3, grows=True),
     "loss on the answer, all rows, rate .1": dict(loss="answer", rows="all", lr=0.1),
     "loss on the answer, least harm, all rows, rate .1": dict(
         loss="answer", harm=True, rows="all", lr=0.1),
     "loss on the answer, least harm, all rows, rate .3": dict(
         loss="answer", harm=True, rows="all", lr=0.3),
     "loss on the answer, least harm, rate .3": dict(loss="answer", harm=True, lr=0.3),
-    "least harm, rate .3": dict(harm=True, lr=0.3),
     "loss on the answer, least harm, rate .3, n = 512": dict(
         loss="answer", harm=True, lr=0.3, n_keys=512),
-    "answers as replies": dict(loss="reply"),
-    "answers as replies, rate .3": dict(loss="reply", lr=0.3),
+    "least harm, rate .3": dict(harm=True, lr=0.3),
+    "4 late, loss on the answer, least harm, all rows, rate .1": dict(
+        number=4, order="late", loss="answer", harm=True, rows="all", lr=0.1),
+    "4 late, loss on the answer, least harm, all rows, rate .2": dict(
+        number=4, order="late", loss="answer", harm=True, rows="all", lr=0.2),
+    "full finetuning": dict(full=True, lr=2e-5),
+    "full finetuning, answers as replies": dict(full=True, lr=2e-5, loss="reply"),
+    "full finetuning, loss on the answer, 1e-5": dict(full=True, lr=1e-5, loss="answer"),
+    "full finetuning, loss on the answer": dict(full=True, lr=2e-5, loss="answer"),
+    "4 late, full finetuning": dict(number=4, order="late", full=True, lr=2e-5),
+    "4 late, loss on the answer, full finetuning": dict(
+        number=4, order="late", loss="answer", full=True, lr=2e-5),
 }
 
 
