@@ -26,9 +26,9 @@ PRESETS = {
     "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, save_every=100),
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, save_every=20),
 }
-# By task: a stream's batch is about one source. Chosen in results/README.md, that on tiny alone.
-TOP_T = {"stream": 50, "shuffled": 500}
-LEARNING_RATE = {"stream": {"sgd": 0.1, "adamw": 0.03}, "shuffled": {"sgd": 1.0, "adamw": 0.1}}
+# Chosen in results/README.md: of a stream on tiny, whose batch is about one source; and of all else.
+TOP_T = {"tiny stream": 50, "else": 500}
+LEARNING_RATE = {"tiny stream": {"sgd": 0.1, "adamw": 0.03}, "else": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
             "optimizer", "lr", "least_harm", "train_alpha", "alpha_lr")
 
@@ -56,7 +56,7 @@ def parse(argv=None):
     add("--alpha-lr", type=float, default=1e-4, help="learning rate of the alphas")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
-    kind = "stream" if args.task == "stream" else "shuffled"
+    kind = "tiny stream" if (args.preset, args.task) == ("tiny", "stream") else "else"
     args.top_t, args.lr = args.top_t or TOP_T[kind], args.lr or LEARNING_RATE[kind][args.optimizer]
     return args
 

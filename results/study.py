@@ -51,9 +51,9 @@ STREAM = {  # {rates: conditions}
             f"tfidf-{start}" for start in "n128 n1024 n512-retrofit n512-told n512-asked".split()]
     ) + "".join(f" additive-{name}-t50" for name in [
         f"{scorer}-{n}" for scorer in SCORERS[:4] for n in ("n128", "n512")]
-        + ["tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked"]),
-    "0.01 0.03 0.1": "additive-tfidf-n512-t50-harm additive-tfidf-n128-t50-harm "
-                     "additive-tfidf-n512-t500-harm additive-all-n512-harm additive-all-n128-harm",
+        + ["tfidf-n1024", "tfidf-n512-told", "tfidf-n512-asked"]) + (
+        " additive-tfidf-n512-t50-harm additive-tfidf-n128-t50-harm additive-tfidf-n512-t500-harm "
+        "additive-all-n512-harm additive-all-n128-harm"),
     "0.3 1 3": "replacement-tfidf-t500 additive-random-n128-t50 additive-random-n512-t50",
     "0.1 0.3 1": "lora-sgd-replay8 additive-tfidf-n512-t500-documents "
                  "additive-tfidf-n512-t10000-documents",
