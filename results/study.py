@@ -61,12 +61,13 @@ STREAM = {  # {rates: conditions}
     "1e-4 3e-4 1e-3": "full full-documents lora",
     "3e-4 1e-3 3e-3": "full-replay8 lora-replay8 lora-documents"}
 REAL = {  # the same of a real model, facts and documents
-    "0.3 1 3": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 "
-               "additive-all-n128 additive-tfidf-n128-t500-documents "
+    "0.1 0.3 1": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 lora-sgd "
+                 "additive-tfidf-n128-t500-harm additive-all-n512-harm",
+    "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd",
+    "0.3 1 3": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-tfidf-n512-t500 "
+               "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
-    "1 3 10": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-random-n128-t50 "
-              "additive-tfidf-n512-t500 additive-tfidf-n1024-t500",
-    "0.03 0.1 0.3": "additive-tfidf-n128-t500-adamw full-sgd", "0.1 0.3 1": "lora-sgd",
+    "1 3 10": "additive-random-n128-t50", "0.01 0.03 0.1": "additive-tfidf-n128-t500-adamw",
     "1e-5 2e-5 5e-5": "full full-replay2 full-documents",
     "1e-4 3e-4 1e-3": "lora lora-replay2 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
@@ -75,8 +76,8 @@ REAL = {  # the same of a real model, facts and documents
 # or HEADLINE). along: the headline is asked after each so many sources of a stream, too.
 OTHER = dict(flags=TOLD + "--sources 0 64", base=BASE, sparse="", sweep=(0,), thrice=(),
              starts={"additive-n128": CHATS + "128"}, headline=(
-    "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-adamw", "lora", "full"), rates={
-    "0.3 1 3": "additive-tfidf-n128-t500", "0.03 0.1 0.3": "additive-tfidf-n128-t500-adamw",
+    "additive-tfidf-n128-t500", "additive-all-n128-harm", "lora", "full"), rates={
+    "0.1 0.3 1": "additive-tfidf-n128-t500", "0.03 0.1 0.3": "additive-all-n128-harm",
     "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"})
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
@@ -88,11 +89,13 @@ STUDIES = {
     "smollm2": dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"{n}" for n in (128, 512, 1024)},
         words={"documents": "--stream-data results/streams/documents --batch-size 4"}, along=35,
-        thrice="additive-n128 additive-tfidf-n128-t500 lora full lora-replay2 full-replay2"
-        .split()),
+        thrice="additive-n128 additive-tfidf-n128-t500 additive-all-n128-harm lora full "
+        "lora-replay2 full-replay2".split()),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
-                               "--sources 0 160 --steps 150"),
+                               "--sources 0 160 --steps 150", rates={
+        "0.3 1 3": "additive-tfidf-n128-t500", "0.1 0.3 1": "additive-all-n128-harm",
+        "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"}),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
