@@ -42,12 +42,11 @@ DEFAULT = dict(layers=(7, 15, 22), n_keys=128, lr=1.0, full=False, passes=4, tol
                order="as told", loss="all", rows="tfidf", harm=False, grows=False)
 CONDITIONS = {
     "nothing": dict(passes=0), "default": {},
-    "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0), "1 pass, rate 3": dict(passes=1, lr=3.0),
+    "rate .3": dict(lr=0.3), "rate 3": dict(lr=3.0),
     "plain statements": dict(told="plain"), "replies": dict(told="reply"),
     "answers as replies": dict(loss="reply"),
     "answers as replies, rate .3": dict(loss="reply", lr=0.3),
     "layers 2, 5, 8, rate 3": dict(layers=(2, 5, 8), lr=3.0),
-    "layers 19, 22, 25, rate .3": dict(layers=(19, 22, 25), lr=0.3),
     "only rows that the question reads": dict(rows="shared"),
     "no row that the question reads": dict(rows="others"),
     "4 statements, answers early": dict(number=4, order="early"),
