@@ -286,7 +286,7 @@ def main(argv=None):
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         found = dict(zip(CONDITIONS, pool.map(partial(make, args=args), CONDITIONS)))
     found = {"condition": found, "layers: share of reads to the rows of a fact": {
-        str(layers): shares(layers, args) for layers in ((2, 5, 8), (7, 15, 22), (19, 22, 25))}}
+        str(layers): shares(layers, args) for layers in ((2, 5, 8), (7, 15, 22))}}
     TO.mkdir(parents=True, exist_ok=True)
     smf.write_json(TO / "results.json", found)
     table = "\n\n".join(evaluation.table({name: {
