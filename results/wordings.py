@@ -290,7 +290,7 @@ def main(argv=None):
     TO.mkdir(parents=True, exist_ok=True)
     smf.write_json(TO / "results.json", found)
     table = "\n\n".join(evaluation.table({name: {
-        key: f"{value['value']:.2f}" for key, value in row.items()} for name, row in rows.items()},
+        key: f"{value['value']:.3f}" for key, value in row.items()} for name, row in rows.items()},
         title) for title, rows in found.items())
     (TO / "table.md").write_text(table + "\n")
     print(table)
