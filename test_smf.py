@@ -307,7 +307,7 @@ def test_random_rows_are_drawn_anew_at_every_step_and_seed():
 # Invariants 5 and 6: frozen is frozen, moments are lazy
 
 @pytest.mark.parametrize("flags", [
-    ["--optimizer=adamw"], ["--scorer=kl", "--train-alpha", "--optimizer=adamw"],
+    ["--optimizer=adamw"], ["--scorer=kl", "--train-alpha", "--optimizer=adamw", "--least-harm"],
     ["--scorer=count"], ["--scorer=all"], ["--scorer=random", "--task=stream"],
     ["--scorer=gradient", "--task=stream"]], ids=" ".join)
 def test_every_step_changes_the_rows_it_selects_and_nothing_else(runs, tmp_path, flags):

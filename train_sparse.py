@@ -26,7 +26,7 @@ PRESETS = {
     "tiny": dict(evaluation.PRESETS["tiny"], max_length=128, save_every=100),
     "paper": dict(evaluation.PRESETS["paper"], max_length=1024, micro_batch_size=4, save_every=20),
 }
-# Chosen in results/README.md: of a stream on tiny, whose batch is about one source; and of all else.
+# Chosen in results/README.md. On tiny a stream needs few rows; all else has the same.
 TOP_T = {"tiny stream": 50, "else": 500}
 LEARNING_RATE = {"tiny stream": {"sgd": 0.1, "adamw": 0.03}, "else": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
@@ -101,8 +101,6 @@ def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {nam
                   for name, memory in memories.items()}
     alphas = {name: p for name, p in model.named_parameters()
               if name.endswith(".mlp.alpha") and args.train_alpha}
-    harm = {f"{name}.values": smf.harm(memory.background_counts)  # (N,) each
-            for name, memory in memories.items() if args.least_harm}
     for name, alpha in alphas.items():  # +S: a table of one row, which every step selects
         optimizers[name] = smf.RowOptimizer(alpha.requires_grad_().detach().view(1, 1))
     done, state = smf.load_checkpoint(run)
@@ -116,25 +114,25 @@ def train(model, plan, run, args, tokenizer, data):  # -> what was learned, {nam
         loss, reads = smf.backward(model, plan[step], args.micro_batch_size)
 
         # Which of the rows read are this batch's own? Only those get their gradient.
-        updates = {}  # {name: (rows, gradient)}
+        updates = {}  # {name: (rows, gradient, learning rate)}
         for name, memory in memories.items():
             _, rows, weights, dy = reads[name]
             counts = all_reduce(torch.bincount(rows.flatten(), minlength=len(memory.values)))
             selected = select_rows(memory, counts, (rows, weights, dy), step, args)
             gradient = smf.row_gradient(selected, rows, weights, dy, len(counts))
-            updates[f"{name}.values"] = selected, all_reduce(gradient)
-        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in updates.values()]).item()
-        for name, alpha in alphas.items():
-            updates[name] = torch.tensor([0], device=args.device), all_reduce(alpha.grad).view(1, 1)
+            harm = smf.harm(memory.background_counts)[selected, None] if args.least_harm else 1.0
+            updates[f"{name}.values"] = selected, all_reduce(gradient), args.lr * unit / harm
+        norm = torch.nn.utils.get_total_norm([part for _, part, _ in updates.values()]).item()
+        first = torch.tensor([0], device=args.device)
+        updates |= {name: (first, all_reduce(alpha.grad).view(1, 1), args.alpha_lr)
+                    for name, alpha in alphas.items()}
 
         # Update these rows, and nothing else.
         factor = 1.0 if args.task == "stream" else smf.learning_rate(step, len(plan), args.warmup)
         smf.log(run, step=step, loss=all_reduce(loss).item(), lr=factor * args.lr, grad_norm=norm,
                 rows=[len(updates[f"{name}.values"][0]) for name in memories], **asked)
-        for name, (selected, gradient) in updates.items():
-            lr = factor * (args.alpha_lr if name in alphas else args.lr * unit)
-            lr = lr / harm[name][selected, None] if name in harm else lr  # (t, 1)
-            optimizers[name].step(selected, gradient * min(1.0, 1.0 / (norm + 1e-12)), lr)
+        for name, (selected, gradient, lr) in updates.items():
+            optimizers[name].step(selected, gradient * min(1.0, 1.0 / (norm + 1e-12)), factor * lr)
         model.zero_grad()
         if (step + 1) % args.save_every == 0:
             smf.save_checkpoint(run, step + 1, **{name: optimizer.state_dict()

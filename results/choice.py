@@ -21,7 +21,7 @@ import eval as evaluation  # noqa: E402
 import smf  # noqa: E402
 import train_retrofit  # noqa: E402
 import train_sparse  # noqa: E402
-from study import CHATS, TASK  # noqa: E402
+from study import CHATS, TASK, TOLD  # noqa: E402
 
 SCORERS, BATCHES = ("tfidf", "kl", "count", "random", "all"), 20
 STARTS = {"tiny-128": "--n-keys=128", "tiny-512": "", "smollm2-128": CHATS + "128"}
@@ -33,12 +33,8 @@ SETTINGS = {  # {name: (study, its conditions, start, what is learned)}
     "tiny, stream, n = 128, t = 50": ("tiny-stream", "additive-{}-n128-t50", "tiny-128", ""),
     "tiny, stream, n = 128, t = 500": ("tiny-stream", "additive-{}-n128-t500", "tiny-128", ""),
     "tiny, shuffled facts, t = 500": ("tiny", "additive-{}", "tiny-128", "--task=facts"),
-    "SmolLM2, stream, t = 50": ("smollm2", "additive-{}-n128-t50", "smollm2-128", TASK +
-                                "--task=stream --stream-data=results/streams/facts "
-                                "--batch-size=5"),
-    "SmolLM2, stream, t = 500": ("smollm2", "additive-{}-n128-t500", "smollm2-128", TASK +
-                                 "--task=stream --stream-data=results/streams/facts "
-                                "--batch-size=5"),
+    "SmolLM2, stream, t = 50": ("smollm2", "additive-{}-n128-t50", "smollm2-128", TOLD),
+    "SmolLM2, stream, t = 500": ("smollm2", "additive-{}-n128-t500", "smollm2-128", TOLD),
     "SmolLM2, shuffled facts, t = 500": ("smollm2-facts", "additive-{}-fresh", "smollm2-128",
                                          FACTS),
     "SmolLM2, shuffled choices, t = 500": ("smollm2-medmcqa", "additive-{}-fresh", "smollm2-128",

@@ -1,6 +1,6 @@
 """Why is a fact that was learned in ten wordings not recalled in an eleventh? One thing at a time.
 
-    python results/wordings.py --model SMOLLM2_DIR --data DATA_DIR     # about three hours on a core
+    python results/wordings.py --model SMOLLM2_DIR --data DATA_DIR     # about five hours on a core
 
 The first 48 facts of results/streams/facts, a stream, SGD on the rows. Of the ten statements of a
 fact eight are told. It is asked at once, after its own steps, and again after all: by two of the
