@@ -1970,7 +1970,8 @@ def test_scorers_are_compared_at_a_perplexity_that_each_of_them_has():
 
 def test_costs_are_measured():
     config = AutoConfig.from_pretrained(ROOT / "tiny/model")
-    args = SimpleNamespace(device="cpu", batch_size=4, micro_batch_size=2, max_length=20, rounds=1)
+    args = SimpleNamespace(device="cpu", batch_size=4, micro_batch_size=2, max_length=20, rounds=1,
+                           dtype="float32")
     row = cost.race(("SMF", "stage 1"), config, args)
     assert row.keys() == {"s/step", "GiB beyond the base", "and beyond V"}
     assert all(0 < float(part) < 60 for part in re.split(" [/=] ", row["s/step"]))

@@ -3,6 +3,7 @@
     python results/cost.py                        # Qwen2.5-0.5B's shape: 40 minutes on two cores
     python results/cost.py --model tiny/model --max-length 32 --rounds 2     # a try, a minute
     python results/cost.py --to results/qwen2.5-0.5b/cost.md
+    python results/cost.py --dtype bfloat16 --max-length 512      # as on a GPU
 
 Each training loop runs in a process of its own, and two of them take turns step by step. Ratios are
 of medians. With peft installed, its LoRA is raced, too."""
@@ -58,10 +59,11 @@ class Turns(list):
         self.other.release()
 
 
-def random_model(config, device):
+def random_model(config, device, dtype):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.to(device).requires_grad_(False).eval()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model.requires_grad_(False).eval()
 
 
 def plain_loop(model, plan, run, args):
@@ -108,7 +110,8 @@ def prepare(name, model):
 def train(name, config, args, mine, other, results):
     """The loop of `name` on one batch; what it costs goes into `results`: see the end of race."""
     sys.stdout = open(os.devnull, "w")
-    model = random_model(config, args.device)
+    dtype = "float32" if name == "full" else args.dtype  # full: only its computations are in dtype
+    model = random_model(config, args.device, dtype)
     before, script = peak_memory(args.device), prepare(name, model)
     start = 1 if script is train_retrofit else args.max_length - 16
     ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length)).tolist()
@@ -117,7 +120,8 @@ def train(name, config, args, mine, other, results):
     micro = args.batch_size if "whole" in name else args.micro_batch_size
     flags = f"--device {args.device} --batch-size {args.batch_size} --micro-batch-size {micro}"
     flags += {train_sparse: " --optimizer adamw --top-t 500"}.get(script, "")
-    flags += " --method full" * (name == "full")
+    flags += f" --dtype {args.dtype}" * (script is not train_sparse) + " --method full" * (
+        name == "full")
     loop = plain_loop if name == "plain AdamW loop" else script.train
     none = [] if script is train_retrofit else [None, None]  # of tokenizer and data
     loop(model, plan, Path(tempfile.mkdtemp()), script.parse(flags.split()), *none)
@@ -148,7 +152,7 @@ def race(pair, config, args):
 def inference(config, args, prompt=128, new=8):
     """{model: {column: text}}: speed of a prompt of 128 tokens and of decoding, one sequence, the
     models in turn, medians; and what is stored for each."""
-    models = {name: random_model(config, args.device)
+    models = {name: random_model(config, args.device, args.dtype)
               for name in ("base", "base again", "additive", "replacement", "LoRA")}
     depth = config.num_hidden_layers
     for mode in ("additive", "replacement"):
@@ -185,6 +189,7 @@ def main(argv=None):
     add("--max-length", type=int, default=64, help="tokens; the last 16 (stage 1: all) are learned")
     add("--rounds", type=int, default=5, help="steps of each race, and a fifth of the inferences")
     add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     add("--to", type=Path, help="file for the tables, too")
     args = parser.parse_args(argv)
     config = (AutoConfig.from_pretrained(smf.find(args.model, "model")) if args.model else
