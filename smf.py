@@ -390,6 +390,7 @@ def load_base(name, dtype="float32", device="cpu"):
     with refusing(f"--model {name}: cannot be loaded", "name a directory or a hub name of a causal "
                   "language model, or use --preset tiny"):
         path = find(name, "model")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # padded, its gradients can be nan (torch 2.11)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
@@ -618,8 +619,7 @@ def encode_all(tokenizer, texts, max_length):
 def collate(examples, device="cpu", length=0):
     """Pad Examples on the right -> input_ids, attention_mask (B, T), columns (P,), targets (B, P).
     columns: the positions where any example predicts a target; only there are logits computed.
-    targets: the token predicted there, -100 for none. real (S,): the places, of B * T, that are no
-    padding (found here, since a GPU would have to be waited for). T is at least `length`."""
+    targets: the token predicted there, -100 for none. T is at least `length`."""
     T = max(length, *(len(example.ids) for example in examples))
     input_ids = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T)
     mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)  # (B, T) both
@@ -628,7 +628,7 @@ def collate(examples, device="cpu", length=0):
         labels[b, start:len(ids)] = torch.tensor(ids[start:])
     columns = (labels[:, 1:] != -100).any(0).nonzero().squeeze(-1)  # (P,)
     batch = {"input_ids": input_ids, "attention_mask": mask, "columns": columns,
-             "targets": labels[:, columns + 1], "real": mask.flatten().nonzero().squeeze(-1)}
+             "targets": labels[:, columns + 1]}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -653,8 +653,9 @@ def backward(model, examples, micro_batch_size):
         part = token_loss(model, batch).sum() / targets
         part.backward()
         loss += part.detach()
+        real = batch["attention_mask"].bool()  # (B, T)
         for name, memory in memories(model).items():
-            reads[name].append([each.flatten(0, 1)[batch["real"]] for each in memory.collect()])
+            reads[name].append([tensor[real] for tensor in memory.collect()])
     reads = {name: [torch.cat(part) for part in zip(*parts)] for name, parts in reads.items()}
     return loss, reads
 

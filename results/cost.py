@@ -3,7 +3,7 @@
     python results/cost.py                        # Qwen2.5-0.5B's shape: 40 minutes on two cores
     python results/cost.py --model tiny/model --max-length 32 --rounds 2     # a try, a minute
     python results/cost.py --to results/qwen2.5-0.5b/cost.md
-    python results/cost.py --dtype bfloat16 --max-length 512      # as on a GPU
+    python results/cost.py --dtype bfloat16 --max-length 512 --rounds 4 --races 0 1 2 4     # a GPU
 
 Each training loop runs in a process of its own, and two of them take turns step by step. Ratios are
 of medians. With peft installed, its LoRA is raced, too."""
@@ -190,11 +190,13 @@ def main(argv=None):
     add("--rounds", type=int, default=5, help="steps of each race, and a fifth of the inferences")
     add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
+    add("--races", type=int, nargs="+", default=range(len(RACES)), help="these alone, from 0 on")
     add("--to", type=Path, help="file for the tables, too")
     args = parser.parse_args(argv)
     config = (AutoConfig.from_pretrained(smf.find(args.model, "model")) if args.model else
               Qwen2Config(**QWEN))
-    steps = {" / ".join(pair): race(pair, config, args) for pair in tqdm(RACES, "races")}
+    steps = {" / ".join(pair): race(pair, config, args)
+             for pair in tqdm([RACES[i] for i in args.races], "races")}
     text = f"{evaluation.table(steps)}\n\n{evaluation.table(inference(config, args))}\n"
     print(text)
     if args.to:
