@@ -390,7 +390,7 @@ def load_base(name, dtype="float32", device="cpu"):
     with refusing(f"--model {name}: cannot be loaded", "name a directory or a hub name of a causal "
                   "language model, or use --preset tiny"):
         path = find(name, "model")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # padded, its gradients can be nan (torch 2.11)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # nan gradients: pytorch issue 196678
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)

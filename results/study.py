@@ -133,7 +133,7 @@ def command(condition, out, seed, plan):
 
 
 def run_all(commands, args):
-    """Run command lines, --jobs at a time, a core each. The first alone: it measures the base."""
+    """Run command lines, --jobs at a time, a core each."""
     def go(command):
         command = command.format(model=args.model, data=args.data)
         done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True,
@@ -142,8 +142,7 @@ def run_all(commands, args):
             raise smf.BadInput(f"{command}: {done.stderr.strip().splitlines()[-1]}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(map(go, commands[:1]))
-        list(tqdm(pool.map(go, commands[1:]), total=len(commands[1:]), desc="runs", leave=False))
+        list(tqdm(pool.map(go, commands), total=len(commands), desc="runs", leave=False))
 
 
 def figures(run, split):
@@ -188,9 +187,12 @@ def study(plan, out, args):
                 if (row := figures(path(c, rate, seed), split))}
 
     def make(wanted, split):  # [(condition, rate, seed)]
-        run_all([f"{ROOT}/{command(c, out, seed, plan)} --lr {rate} "
-                 f"--seed {seed} --split {split} --out {path(c, rate, seed)}"
-                 for c, rate, seed in wanted if not rows(c, rate, [seed], split)], args)
+        commands = [f"{ROOT}/{command(c, out, seed, plan)} --lr {rate} "
+                    f"--seed {seed} --split {split} --out {path(c, rate, seed)}"
+                    for c, rate, seed in wanted if not rows(c, rate, [seed], split)]
+        alone = not rows("base", "", [0], split)  # the first run: it measures the base
+        run_all(commands[:alone], args)
+        run_all(commands[alone:], args)
 
     run_all([f"{ROOT}/train_retrofit.py {flags} --seed {seed} --out {path(c, '', seed)}"
              for c, flags in plan["starts"].items() for seed in seeds(c)
