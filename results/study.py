@@ -36,7 +36,7 @@ CHATS = ("--preset paper --dtype bfloat16 --model {model} --oasst-data {data}/oa
          "--epochs 0 --n-keys ")
 TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --trivia-data "
         "{data}/trivia_qa --wikitext-data {data}/wikitext --stride 896 --eval-examples 175 "
-        "--eval-tokens 8192 ")
+        "--eval-tokens 8192 --save-every 100 ")
 BASE = "--dtype bfloat16 --model {model} --oasst-data {data}/oasst1"
 ADAMW = "--optimizer adamw"
 TOLD = TASK + "--task stream --stream-data results/streams/facts --batch-size 5 --passes 4 "
