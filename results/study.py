@@ -69,8 +69,8 @@ REAL = {  # the same of a real model, facts and documents
                "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
     "0.01 0.03 0.1": "additive-tfidf-n128-t500-adamw",
-    "1e-5 2e-5 5e-5": "full full-replay2 full-documents",
-    "1e-4 3e-4 1e-3": "lora lora-replay2 lora-documents"}
+    "1e-5 2e-5 5e-5": "full full-documents", "1e-4 3e-4 1e-3": "lora lora-documents",
+    "2e-5 5e-5 1e-4": "full-replay2", "3e-4 1e-3 3e-3": "lora-replay2"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
 # means in this study. thrice: what is done with all seeds (all). headline: of its figure (thrice,
