@@ -112,7 +112,7 @@ def load_questions(flag, name, split, told=False, required=True):
 
 
 def load_sources(args):
-    """--task stream or facts: the sources to learn -> train, target.
+    """--task stream or facts: the sources to learn -> train, target, the ids of these sources.
 
     Rows with one source (facts: question_id) belong together; else each row is a source, named by
     its number. Asked are the questions of --split about these sources and those before them: in
@@ -122,6 +122,7 @@ def load_sources(args):
     rows = load_questions(flag, name, "train", told=stream, required=stream)
     taught = "train" if rows else "validation"
     rows = rows or load_questions(flag, name, taught)
+    named = {id for id, _ in rows if id}
     rows = [(id or str(number), q) for number, (id, q) in enumerate(rows, 1)]
     place = {id: i for i, id in enumerate(dict.fromkeys(id for id, _ in rows))}
     first, end = args.sources or (0, len(place))
@@ -139,12 +140,12 @@ def load_sources(args):
               if id is None or place.get(id, end) < end]
     if stream and len(target) > args.eval_examples:  # some, from the first to the last
         places = torch.linspace(0, len(target) - 1, args.eval_examples).tolist()
-        target = [target[round(place)] for place in places]
-    return train, target
+        target = [target[round(i)] for i in places]
+    return train, target, {id for id in named if place[id] < end}
 
 
 def load_medmcqa(args):
-    """--task medmcqa [Gupta26]: four-choice questions -> train, target.
+    """--task medmcqa [Gupta26]: four-choice questions -> train, target, no ids.
 
     Asked is the validation split of the data set, as in the paper; for --split validation, an
     eighth of the training rows, at most 1000, that is never trained on."""
@@ -164,16 +165,17 @@ def load_medmcqa(args):
         prompt = "\n".join([row["question"], *options, "Answer:"])
         return Question(prompt, options[row["cop"]], options=options)
 
-    return [question(row) for row in train], [question(row) for row in target]
+    return [question(row) for row in train], [question(row) for row in target], set()
 
 
 def load_data(args):
     """All that a run learns from and is measured on -> Data. A question that names its own answer
-    is not asked, for to repeat it would count as right. Refuses what cannot be measured."""
-    train, target = load_medmcqa(args) if args.task == "medmcqa" else load_sources(args)
+    is not asked: to repeat it would count as right. No question of the old knowledge has the words
+    or the question_id of a fact that is taught. Refuses what cannot be measured."""
+    train, target, ids = load_medmcqa(args) if args.task == "medmcqa" else load_sources(args)
     taught = {q.prompt for q in train + target}
-    knowledge = [q for _, q in load_questions("--trivia-data", args.trivia_data, "validation")
-                 if q.prompt not in taught]
+    knowledge = [q for id, q in load_questions("--trivia-data", args.trivia_data, "validation")
+                 if q.prompt not in taught and id not in ids]
     untaught = [q for _, q in load_questions("--untaught-data", args.untaught_data, "test")
                 ] if args.untaught_data else []
     asked = [[q for q in part if not answered(q.prompt, q.aliases)][:args.eval_examples]

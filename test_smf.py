@@ -1324,6 +1324,15 @@ def test_a_question_that_was_taught_or_names_its_own_answer_is_no_probe(tmp_path
     assert [q.prompt for q in data.knowledge] == [f"Who is {i}?" for i in range(21, 30) if i != 25]
 
 
+def test_a_fact_that_a_stream_tells_in_other_words_is_no_probe_of_old_knowledge(tmp_path):
+    write_facts(tmp_path / "facts", [f"Who is {i}?" for i in range(8)])
+    flags = [f"--stream-data={stream(tmp_path / 'told', source=['3', '3', '5'])}",
+             f"--trivia-data={tmp_path / 'facts'}"]
+    for sources, told in (([0, 1], [3]), ([0, 2], [3, 5])):
+        asked = [q.prompt for q in load_data(*flags, "--sources", *sources).knowledge]
+        assert asked == [f"Who is {i}?" for i in range(8) if i not in told]
+
+
 def test_the_splits_of_medmcqa_do_not_overlap():
     test, validation = (load_data("--task=medmcqa", f"--split={s}") for s in ("test", "validation"))
     parts = [{q.prompt for q in part} for part in (test.train, validation.target, test.target)]

@@ -93,10 +93,9 @@ def main():
         asked["knowledge"] = load_dataset(settings["trivia_data"], split="validation")
         text = "\n\n".join(load_dataset(settings["wikitext_data"], split="test")["text"])
         ours = {"perplexity": perplexity(model, tokenizer, text, settings)}
-        taught = {row["question"] for row in load_dataset("json", data_files=str(Path(
-            settings["stream_data"], "validation.jsonl")), split="train")}
+        taught = {row["source"] for row in asked["target"]}
         for name, rows in asked.items():
-            rows = [row for row in rows if name == "target" or row["question"] not in taught]
+            rows = [row for row in rows if name == "target" or row["question_id"] not in taught]
             rows = [row for row in rows if not any(
                 plain(alias) and plain(alias) in plain(row["question"])
                 for alias in [row["answer"]["value"], *row["answer"]["aliases"]])]

@@ -146,15 +146,17 @@ def run_all(commands, args):
 
 
 def figures(run, split):
-    """{measure: (value, standard error)} of a run, or None if it is not there yet."""
+    """{measure: (value, standard error)} of a run, or None if it is not there yet. Of a base or a
+    start, which many tasks are compared with: as for the first of them."""
     def measured(run):
         file = run / "eval.json"
-        found = json.loads(file.read_text()) if file.exists() and smf.finished(run) else {}
-        return next((found[key] for key in found if json.loads(key)["split"] == split), None)
+        return json.loads(file.read_text()) if file.exists() and smf.finished(run) else {}
 
-    result = measured(run)
-    if result:
-        before = measured(evaluation.parent_of(run))["knowledge right"]
+    found = measured(run)
+    key = next((key for key in found if json.loads(key)["split"] == split), None)
+    result = found.get(key)
+    if result:  # its parent was measured in the same way, and perhaps in others
+        before = measured(evaluation.parent_of(run))[key]["knowledge right"]
         result["kept"] = evaluation.mean(
             [now for now, then in zip(result["knowledge right"], before) if then])
     return result and {name: (result[name]["value"], result[name]["stderr"])
@@ -243,17 +245,21 @@ def plot(pyplot, result, panels, path):
 
 
 def plot_along(pyplot, result, plan, out, to, args):
-    """Along a stream: what is recalled of all that was told so far, and what is left of the old."""
-    every, runs = plan["along"], {c: out / f"along-{c}" for c in plan.get("thrice", HEADLINE)
+    """Along a stream: what is recalled of all that was told so far, and what is left of the old.
+    In the wordings of validation, with the chosen rate."""
+    every, runs = plan["along"], {c: out / f"along-{c}-lr{result[c]['chosen']}"
+                                  for c in plan.get("thrice", HEADLINE)
                                   if c in result and result[c]["chosen"]}
     run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} --ask-every {every} "
-             f"--out {run}" for c, run in runs.items() if not smf.finished(run)], args)
+             f"--split validation --out {run}" for c, run in runs.items()
+             if not smf.finished(run)], args)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="tight")
-    for axis, name, title in zip(axes, ("recall", "old"), (
+    for axis, name, measure, title in zip(axes, ("recall", "old"), ("target", "knowledge"), (
             "recall of the facts told so far, in wordings never seen", "old questions answered")):
         for c, run in runs.items():
             lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
             shares = [line[name] for line in lines if name in line]
+            shares.append(result[c]["validation"][result[c]["chosen"]][0][measure][0])  # the end
             first = name == "recall"  # nothing is told at 0
             axis.plot([every * (i + first) for i in range(len(shares))], shares, label=c)
         axis.set(xlabel="facts told so far", ylim=(0, 1.02), title=title)
