@@ -64,7 +64,6 @@ def add_flags(parser):
 
 # Tasks and questions
 
-
 class Question(NamedTuple):
     prompt: str  # None: to be told without one
     answer: str
@@ -215,7 +214,6 @@ def training_plan(model, tokenizer, data, args):
 
 
 # Measures
-
 
 def by_length(examples, size, label):
     """The indices of Examples, those of similar length together, the longest first."""
@@ -377,8 +375,9 @@ def evaluate_run(run, data, args):
     if key not in results:
         print(f"evaluating {run} on the {args.split} split")
         model, tokenizer = smf.load(run, args.device)
-        results[key] = evaluate(model.float(), tokenizer, data, args)
-        smf.write_json(file, results)
+        result = evaluate(model.float(), tokenizer, data, args)
+        results = (smf.read_json(file) if file.exists() else {}) | {key: result}
+        smf.write_json(file, results)  # with what others may have measured in the meantime
     return results[key]
 
 

@@ -251,16 +251,6 @@ def test_the_scorers_are_pure_and_equal_to_numbers_by_hand():
     assert counts.tolist() == [2, 1, 0, 1] and background.tolist() == [9, 0, 3, 4]
 
 
-def test_the_entropy_of_reads_orders_rows_as_their_counts_do():
-    """Another score that is proposed: -p log p rises with p below 1/e. So it is the control count,
-    unless a row gets more than a third of all reads."""
-    counts = torch.randint(1, 1000, (300,), generator=torch.Generator().manual_seed(0))
-    p = counts / counts.sum()
-    assert p.max() < 1 / math.e and all(torch.equal(
-        smf.top_rows(torch.special.entr(p), counts, t), smf.top_rows(counts.float(), counts, t))
-        for t in (1, 10, 100, 300))
-
-
 SCORES = {
     "tfidf": lambda memory, counts: smf.tfidf_scores(counts, memory.doc_freq, memory.num_batches),
     "kl": lambda memory, counts: smf.kl_scores(counts, memory.background_counts),

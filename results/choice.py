@@ -24,15 +24,15 @@ import train_sparse  # noqa: E402
 from study import CHATS, TASK, TOLD  # noqa: E402
 
 SCORERS, BATCHES = ("tfidf", "kl", "count", "random", "all"), 20
-STARTS = {"tiny-128": "--n-keys=128", "tiny-512": "", "smollm2-128": CHATS + "128"}
+STARTS = {"tiny-128": "--n-keys=128", "tiny-512": "", "tiny-128-stage-1": "--n-keys=128 --epochs=1",
+          "smollm2-128": CHATS + "128"}
 FACTS = TASK + "--task=facts --facts-data={data}/trivia_qa --sources 0 160"
 CHOICES = TASK + "--task=medmcqa --medmcqa-data={data}/medmcqa"
 SETTINGS = {  # {name: (study, its conditions, start, what is learned)}
     "tiny, stream, n = 512, t = 50": ("tiny-stream", "additive-{}-n512-t50", "tiny-512", ""),
     "tiny, stream, n = 512, t = 500": ("tiny-stream", "additive-{}-n512-t500", "tiny-512", ""),
     "tiny, stream, n = 128, t = 50": ("tiny-stream", "additive-{}-n128-t50", "tiny-128", ""),
-    "tiny, stream, n = 128, t = 500": ("tiny-stream", "additive-{}-n128-t500", "tiny-128", ""),
-    "tiny, shuffled facts, t = 500": ("tiny", "additive-{}", "tiny-128", "--task=facts"),
+    "tiny, shuffled facts, t = 500": ("tiny", "additive-{}", "tiny-128-stage-1", "--task=facts"),
     "SmolLM2, stream, t = 500": ("smollm2", "additive-{}-n128-t500", "smollm2-128", TOLD),
     "SmolLM2, shuffled facts, t = 500": ("smollm2-facts", "additive-{}-fresh", "smollm2-128",
                                          FACTS),

@@ -119,7 +119,8 @@ def train(name, config, args, mine, other, results):
     plan = Turns([batch] * (args.rounds + 1), mine, other, args.device)
     micro = args.batch_size if "whole" in name else args.micro_batch_size
     flags = f"--device {args.device} --batch-size {args.batch_size} --micro-batch-size {micro}"
-    flags += {train_sparse: " --optimizer adamw --top-t 500"}.get(script, "")
+    flags += {train_sparse: " --optimizer adamw --top-t 500",
+              train_retrofit: " --n-keys 128"}.get(script, "")
     flags += f" --dtype {args.dtype}" * (script is not train_sparse) + " --method full" * (
         name == "full")
     loop = plain_loop if name == "plain AdamW loop" else script.train

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +40,11 @@ TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --tri
         "--eval-tokens 8192 --save-every 100 ")
 BASE = "--dtype bfloat16 --model {model} --oasst-data {data}/oasst1"
 ADAMW = "--optimizer adamw"
-TOLD = TASK + "--task stream --stream-data results/streams/facts --batch-size 5 --passes 4 "
+STREAM_OF_FACTS = "results/streams/facts"
+TOLD = TASK + f"--task stream --stream-data {STREAM_OF_FACTS} --batch-size 5 --passes 4 "
 # What the words of a condition's name mean; t50 is --top-t 50. The others name its start.
 FLAGS = {"+s": "--train-alpha", "harm": "--least-harm", "sgd": "--optimizer sgd",
-         "adamw": "--optimizer adamw", "replay2": "--replay 2", "replay8": "--replay 8",
+         "adamw": "--optimizer adamw", "replay8": "--replay 8",
          "documents": "--stream-data tiny/documents"}
 SCORERS = ("tfidf", "kl", "gradient", "count", "random")
 FLAGS |= {word: f"--scorer {word}" for word in (*SCORERS, "all")}
@@ -64,13 +66,14 @@ STREAM = {  # {rates: conditions}
 REAL = {  # the same of a real model, facts and documents
     "0.1 0.3 1": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 lora-sgd "
                  "additive-tfidf-n128-t500-harm",
-    "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd",
+    "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd "
+                    "additive-all-n128-harm-replies",
     "0.3 1 3": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-tfidf-n512-t500 "
                "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
     "0.01 0.03 0.1": "additive-tfidf-n128-t500-adamw",
-    "1e-5 2e-5 5e-5": "full full-documents", "1e-4 3e-4 1e-3": "lora lora-documents",
-    "2e-5 5e-5 1e-4": "full-replay2", "3e-4 1e-3 3e-3": "lora-replay2"}
+    "1e-5 2e-5 5e-5": "full full-replies full-documents", "2e-5 5e-5 1e-4": "full-replay1",
+    "1e-4 3e-4 1e-3": "lora lora-replies lora-documents", "3e-4 1e-3 3e-3": "lora-replay1"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
 # means in this study. thrice: what is done with all seeds (all). headline: of its figure (thrice,
@@ -89,9 +92,11 @@ STUDIES = {
         rates=STREAM, along=10),
     "smollm2": dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
         f"additive-n{n}": CHATS + f"{n}" for n in (128, 512, 1024)},
-        words={"documents": "--stream-data results/streams/documents --batch-size 4"}, along=35,
-        thrice="additive-n128 additive-tfidf-n128-t500 additive-all-n128-harm lora full "
-        "lora-replay2 full-replay2".split()),
+        words={"documents": "--stream-data results/streams/documents --batch-size 4",
+               "replies": "--stream-data out/smollm2/replies",  # see main
+               "replay1": "--replay 1 --max-length 80"},  # longer chats outweigh the facts
+        along=35, thrice="additive-n128 additive-tfidf-n128-t500 additive-all-n128-harm lora full "
+        "lora-replay1 full-replay1".split()),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150", rates={
@@ -284,6 +289,13 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         (out / "asked.jsonl").write_text("".join(
             json.dumps({"prompt": q.prompt, "text": q.answer}) + "\n" for _, q in asked))
+    if args.study == "smollm2":  # the same answers, each the reply to what stands before it
+        (out / "replies").mkdir(parents=True, exist_ok=True)
+        told = evaluation.load_questions("--stream-data", STREAM_OF_FACTS, "train", told=True)
+        (out / "replies/train.jsonl").write_text("".join(json.dumps(
+            {"source": id, "prompt": q.before, "text": q.answer}) + "\n" for id, q in told))
+        for split in ("validation", "test"):
+            shutil.copy(f"{STREAM_OF_FACTS}/{split}.jsonl", out / "replies")
     result = study(plan, out, args)
     tables = [evaluation.table({
         f"{c}, lr {d['chosen']} of {', '.join(d['validation'])}" if d["chosen"] else c:
