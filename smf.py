@@ -125,7 +125,8 @@ class ProductKeyMemory(nn.Module):
     def track_queries(self, x, momentum):
         """Move the running mean and variance of the queries towards those of tokens x (S, D).
         Queries are normalised by them, or training can make all tokens read the same few rows
-        [Lample19 section 4]. differs: in training, too, so micro-batches change nothing."""
+        [Lample19 section 4]. differs: there a batch in training is normalised by its own, so that
+        micro-batches would change the result."""
         query = self.query(x / self.x_rms)  # (S, H * k_dim)
         self.query_mean.lerp_(query.mean(0), momentum)
         self.query_var.lerp_(query.var(0, correction=0), momentum)
@@ -259,7 +260,7 @@ def top_rows(scores, counts, t):
 def harm(background_counts):
     """How a change of each row disturbs general text: its reads C_i, beside those of the mean row
     -> (N,). The + .1 is for text that the background has not seen. Ours: of all steps with the same
-    harm in all, sum(harm_i |step_i|**2), gradient_i / harm_i lowers the loss the most."""
+    harm in all, sum(harm_i |step_i|**2), gradient_i / harm_i lowers the loss most (to first order)."""
     return background_counts / background_counts.float().mean() + 0.1  # (N,)
 
 

@@ -40,16 +40,19 @@ def prompt_of(tokenizer, question):
 @torch.no_grad()
 def recall(model, tokenizer, questions):
     """-> the share answered, and the mean log-likelihood of the right answers."""
-    right, likelihoods = 0, []
+    right, likelihoods, encoded = 0, [], []
     for row in questions:
         prompt, space = prompt_of(tokenizer, row["question"])
         answer = row["answer"]["value"].strip()
         ids = tokenizer(space + answer, add_special_tokens=False)["input_ids"]
+        encoded.append((row, answer, prompt, ids))
+    room = max(32, 8 + max(len(ids) for *_, ids in encoded))  # for an answer, tokens
+    for row, answer, prompt, ids in encoded:
         logits = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
         each = [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
         likelihoods.append(sum(each) / len(each))
         said = []
-        for _ in range(32):  # greedy, without a cache
+        for _ in range(room):  # greedy, without a cache
             token = model(torch.tensor([prompt + said])).logits[0, -1].argmax().item()
             if token == tokenizer.eos_token_id:
                 break
@@ -88,12 +91,13 @@ def main():
         path = config["base"]
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        asked = {"target": load_dataset("json", data_files=str(
-            Path(settings["stream_data"], "validation.jsonl")), split="train")}
+        told, asked = (load_dataset("json", data_files=f"{settings['stream_data']}/{part}.jsonl",
+                                    split="train") for part in ("train", "validation"))
+        taught = list(dict.fromkeys(told["source"]))[:(settings["sources"] or [0, None])[1]]
+        asked = {"target": [row for row in asked if row["source"] in taught]}
         asked["knowledge"] = load_dataset(settings["trivia_data"], split="validation")
         text = "\n\n".join(load_dataset(settings["wikitext_data"], split="test")["text"])
         ours = {"perplexity": perplexity(model, tokenizer, text, settings)}
-        taught = {row["source"] for row in asked["target"]}
         for name, rows in asked.items():
             rows = [row for row in rows if name == "target" or row["question_id"] not in taught]
             rows = [row for row in rows if not any(
