@@ -65,9 +65,8 @@ STREAM = {  # {rates: conditions}
     "3e-4 1e-3 3e-3": "full-replay8 lora-replay8 lora-documents"}
 REAL = {  # the same of a real model, facts and documents
     "0.1 0.3 1": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 lora-sgd "
-                 "additive-tfidf-n128-t500-harm",
-    "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd "
-                    "additive-all-n128-harm-replies",
+                 "additive-tfidf-n128-t500-harm additive-tfidf-n128-t500-replies",
+    "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd",
     "0.3 1 3": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-tfidf-n512-t500 "
                "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
@@ -80,8 +79,8 @@ REAL = {  # the same of a real model, facts and documents
 # or HEADLINE). along: the headline is asked after each so many sources of a stream, too.
 OTHER = dict(flags=TOLD + "--sources 0 64", base=BASE, sparse="", sweep=(0,), thrice=(),
              starts={"additive-n128": CHATS + "128"}, headline=(
-    "additive-tfidf-n128-t500", "additive-all-n128-harm", "lora", "full"), rates={
-    "0.1 0.3 1": "additive-tfidf-n128-t500", "0.03 0.1 0.3": "additive-all-n128-harm",
+    "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-harm", "lora", "full"), rates={
+    "0.1 0.3 1": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
     "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"})
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
@@ -95,12 +94,12 @@ STUDIES = {
         words={"documents": "--stream-data results/streams/documents --batch-size 4",
                "replies": "--stream-data out/smollm2/replies",  # see main
                "replay1": "--replay 1 --max-length 80"},  # longer chats outweigh the facts
-        along=35, thrice="additive-n128 additive-tfidf-n128-t500 additive-all-n128-harm lora full "
-        "lora-replay1 full-replay1".split()),
+        along=35, thrice="additive-n128 additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm "
+        "lora full lora-replay1 full-replay1".split()),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150", rates={
-        "0.3 1 3": "additive-tfidf-n128-t500", "0.1 0.3 1": "additive-all-n128-harm",
+        "0.3 1 3": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
         "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"}),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
