@@ -178,19 +178,24 @@ def memory_state(model):
 
 
 @torch.no_grad()
-def check_memories(model):
-    """Refuse a model that does not call each memory once, as h (B, T, D) = mlp(x (B, T, D))."""
-    called, added = [], list(memories(model).values())
-    hooks = [memory.register_forward_hook(lambda memory, x, _: called.append((memory, x[0].shape)))
-             for memory in added]
+def check_mlps(model, mlps):
+    """Refuse a model that does not call each of these once, as h (B, T, D) = mlp(x (B, T, D))."""
+    called, shape = [], (1, 3, model.config.get_text_config().hidden_size)
+
+    def note(mlp, x, more, h):
+        if len(x) == 1 and not more and type(h) is torch.Tensor and x[0].shape == h.shape == shape:
+            called.append(mlp)
+
+    hooks = [mlp.register_forward_hook(note, with_kwargs=True) for mlp in mlps]
     with refusing(f"--model: {type(model).__name__} cannot get a memory", "take another model"):
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("part of it is offloaded")
-        model(torch.zeros(1, 3, dtype=torch.int64, device=model.device), use_cache=False)
-        if called != [(memory, (1, 3, memory.values.shape[1])) for memory in added]:
+        try:
+            model(torch.zeros(1, 3, dtype=torch.int64, device=model.device), use_cache=False)
+        finally:
+            [hook.remove() for hook in hooks]
+        if called != mlps:
             raise ValueError("a block does not call h = mlp(x), once")
-    [hook.remove() for hook in hooks]
-    [memory.collect() for memory in added]
 
 
 def retrofit(model, layers, mode="additive", alpha=0.01, **shape):
@@ -199,13 +204,13 @@ def retrofit(model, layers, mode="additive", alpha=0.01, **shape):
     blocks = decoder_blocks(model)
     if not layers or sorted(set(layers) & set(range(len(blocks)))) != sorted(layers):
         raise BadInput(f"--layers {layers}: name layers from 0 to {len(blocks) - 1}, each once")
+    check_mlps(model, [blocks[layer].mlp for layer in sorted(layers)])
     model.requires_grad_(False)
     for layer in layers:
         mlp = blocks[layer].mlp
         new = ProductKeyMemory(model.config.get_text_config().hidden_size, **shape)
         new = AdditiveMemory(mlp, new, alpha) if mode == "additive" else ReplacementMemory(new)
         blocks[layer].mlp = new.to(next(mlp.parameters()).device)
-    check_memories(model)
     return model
 
 
@@ -259,8 +264,8 @@ def top_rows(scores, counts, t):
 
 def harm(background_counts):
     """How a change of each row disturbs general text: its reads C_i, beside those of the mean row
-    -> (N,). The + .1 is for text that the background has not seen. Ours: of all steps with the same
-    harm in all, sum(harm_i |step_i|**2), gradient_i / harm_i lowers the loss most (to first order)."""
+    -> (N,). The + .1 is for text that the background has not seen. Ours: of all small steps with
+    the same harm in all, sum(harm_i |step_i|**2), gradient_i / harm_i lowers the loss most."""
     return background_counts / background_counts.float().mean() + 0.1  # (N,)
 
 

@@ -1323,6 +1323,12 @@ def test_a_fact_that_a_stream_tells_in_other_words_is_no_probe_of_old_knowledge(
         assert asked == [f"Who is {i}?" for i in range(8) if i not in told]
 
 
+def test_a_baseline_has_the_rate_of_its_task_and_optimizer():
+    for flags, lr in (("", 3e-4), ("--method=full", 3e-4), ("--task=facts", 1e-3),
+                      ("--optimizer=sgd", 0.1), ("--preset=paper --method=full", 3e-5)):
+        assert baselines.parse(flags.split()).lr == lr
+
+
 def test_the_splits_of_medmcqa_do_not_overlap():
     test, validation = (load_data("--task=medmcqa", f"--split={s}") for s in ("test", "validation"))
     parts = [{q.prompt for q in part} for part in (test.train, validation.target, test.target)]
@@ -1952,6 +1958,19 @@ def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs)
     assert study.accounting(runs / "tfidf")["rows touched"] == f"{touched:,}"
     pyplot = pytest.importorskip("matplotlib.pyplot")
     study.plot(pyplot, result, [["full"], []], Path("frontier.png"))
+
+
+def test_a_study_compares_a_run_with_its_parent_as_measured_in_the_same_way(tmp_path):
+    a, b = (json.dumps({"split": "test", "data": data}) for data in "ab")
+    for name, config, rights in (("start", {}, {a: [True, False], b: [True, True]}),
+                                 ("run", {"parent": "../start"}, {b: [True, False]})):
+        (tmp_path / name).mkdir()
+        smf.write_json(tmp_path / name / "config.json", config)
+        smf.write_json(tmp_path / name / "eval.json",
+                       {key: {"knowledge right": right} for key, right in rights.items()})
+        (tmp_path / name / "delta.safetensors").touch()
+    assert study.figures(tmp_path / "run", "test")["kept"][0] == 0.5
+    assert study.figures(tmp_path / "run", "validation") is None
 
 
 def test_scorers_are_compared_at_a_perplexity_that_each_of_them_has():

@@ -191,7 +191,8 @@ def main(argv=None):
     add("--rounds", type=int, default=5, help="steps of each race, and a fifth of the inferences")
     add("--device", choices=smf.DEVICES, default=smf.DEVICES[0])
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
-    add("--races", type=int, nargs="+", default=range(len(RACES)), help="these alone, from 0 on")
+    races = range(len(RACES))
+    add("--races", type=int, nargs="+", choices=races, default=races, help="these alone")
     add("--to", type=Path, help="file for the tables, too")
     args = parser.parse_args(argv)
     config = (AutoConfig.from_pretrained(smf.find(args.model, "model")) if args.model else

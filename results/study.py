@@ -2,7 +2,7 @@
 
     python results/study.py tiny-stream         # an hour and a half on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
-    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR   # the stream; eight hours
+    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR   # the stream; twelve hours
                         # or gemma3, qwen, qwen-facts (shuffled): two to three hours each
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
