@@ -71,12 +71,13 @@ REAL = {  # the same of a real model, facts and documents
                "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
     "0.01 0.03 0.1": "additive-tfidf-n128-t500-adamw",
-    "1e-5 2e-5 5e-5": "full full-replies full-documents", "2e-5 5e-5 1e-4": "full-replay1",
-    "1e-4 3e-4 1e-3": "lora lora-replies lora-documents", "3e-4 1e-3 3e-3": "lora-replay1"}
+    "1e-5 2e-5 5e-5 1e-4": "full", "2e-5 5e-5 1e-4": "full-replies full-replay1 full-documents",
+    "1e-4 3e-4 1e-3": "lora lora-replies lora-replay1 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
-# means in this study. thrice: what is done with all seeds (all). headline: of its figure (thrice,
-# or HEADLINE). along: the headline is asked after each so many sources of a stream, too.
+# means in this study. thrice: what is done with all seeds (all); full finetuning of a stream has
+# nothing random. headline: of its figure (HEADLINE). along: the headline is asked after each so
+# many sources of a stream, too.
 OTHER = dict(flags=TOLD + "--sources 0 64", base=BASE, sparse="", sweep=(0,), thrice=(),
              starts={"additive-n128": CHATS + "128"}, headline=(
     "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-harm", "lora", "full"), rates={
@@ -95,7 +96,7 @@ STUDIES = {
                "replies": "--stream-data out/smollm2/replies",  # see main
                "replay1": "--replay 1 --max-length 80"},  # longer chats outweigh the facts
         along=35, thrice="additive-n128 additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm "
-        "lora full lora-replay1 full-replay1".split()),
+        "lora lora-replay1".split(), headline=OTHER["headline"] + ("lora-replay1", "full-replay1")),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150", rates={
@@ -252,7 +253,7 @@ def plot_along(pyplot, result, plan, out, to, args):
     """Along a stream: what is recalled of all that was told so far, and what is left of the old.
     In the wordings of validation, with the chosen rate."""
     every, runs = plan["along"], {c: out / f"along-{c}-lr{result[c]['chosen']}"
-                                  for c in plan.get("thrice", HEADLINE)
+                                  for c in plan.get("headline", HEADLINE)
                                   if c in result and result[c]["chosen"]}
     run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} --ask-every {every} "
              f"--split validation --out {run}" for c, run in runs.items()
@@ -307,7 +308,7 @@ def main(argv=None):
         plot_along(pyplot, result, plan, out, to, args)
     (to / "tables.md").write_text("\n\n".join(tables) + "\n")
     smf.write_json(to / "results.json", result)
-    headline = plan.get("headline", plan.get("thrice", HEADLINE))
+    headline = plan.get("headline", HEADLINE)
     panels = [[c for c in headline if c in learned]]
     plot(pyplot, result, panels, to / "headline.png")
     others = [c for c in learned if c not in headline]
