@@ -7,7 +7,6 @@ that a study made: its eval.json says what was measured there. Prints both, and 
 results/plain.md; an error if a digit that the tables show differs."""
 
 import json
-import re
 import string
 import sys
 import unicodedata

@@ -22,7 +22,6 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -78,7 +77,7 @@ REAL = {  # the same of a real model, facts and documents
 # means in this study. thrice: what is done with all seeds (all); full finetuning of a stream has
 # nothing random. headline: of its figure (HEADLINE). along: the headline is asked after each so
 # many sources of a stream, too.
-OTHER = dict(flags=TOLD + "--sources 0 64", base=BASE, sparse="", sweep=(0,), thrice=(),
+OTHER = dict(flags=TOLD + "--sources 0 48", base=BASE, sparse="", sweep=(0,), thrice=(),
              starts={"additive-n128": CHATS + "128"}, headline=(
     "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-harm", "lora", "full"), rates={
     "0.1 0.3 1": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
@@ -100,8 +99,8 @@ STUDIES = {
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150", rates={
-        "0.3 1 3": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
-        "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"}),
+        "0.3 1": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
+        "1e-4 3e-4": "lora", "1e-5 3e-5": "full"}),
     "tiny": dict(flags="--task facts", base="", sparse=ADAMW, sweep=SEEDS, starts={
         "additive-fresh": "--n-keys 128", "additive-retrofit": "--n-keys 128 --epochs 1",
         "replacement-retrofit":
