@@ -50,12 +50,13 @@ def recall(model, tokenizer, questions):
         logits = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
         each = [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
         likelihoods.append(sum(each) / len(each))
-        said = []
-        for _ in range(room):  # greedy, without a cache
-            token = model(torch.tensor([prompt + said])).logits[0, -1].argmax().item()
-            if token == tokenizer.eos_token_id:
+        said, new, cache = [], prompt, None
+        for _ in range(room):  # greedy
+            found = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+            new, cache = [found.logits[0, -1].argmax().item()], found.past_key_values
+            if new == [tokenizer.eos_token_id]:
                 break
-            said.append(token)
+            said += new
         said = f" {plain(tokenizer.decode(said, skip_special_tokens=True))} "
         right += any(plain(alias) and plain(alias) in said
                      for alias in [answer, *row["answer"]["aliases"]])
