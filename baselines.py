@@ -7,7 +7,6 @@ LoRA: [Hu21] arXiv 2106.09685. The loop is that of train_sparse.py, but for what
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -20,10 +19,9 @@ import smf
 import train_retrofit
 
 PRESETS = {
-    "tiny": dict(evaluation.PRESETS["tiny"], model="tiny/model", max_length=128, save_every=100,
-                 oasst_data="tiny/oasst1"),
+    "tiny": dict(evaluation.PRESETS["tiny"], model="tiny/model", max_length=128, save_every=100),
     "paper": dict(evaluation.PRESETS["paper"], model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024,
-                  micro_batch_size=4, save_every=200, oasst_data="OpenAssistant/oasst1"),
+                  micro_batch_size=4, save_every=200),
 }
 # Of AdamW. Chosen in results/README.md on tiny; with "paper" usual rates, left as they are.
 LEARNING_RATE = {"tiny stream": {"lora": 3e-4, "full": 3e-4},
@@ -111,8 +109,6 @@ def parse(argv=None):
     add("--method", choices=["lora", "full"], default="lora")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--lr", type=float, help=f"learning rate ({LEARNING_RATE}; of SGD {SGD_RATE})")
-    add("--replay", type=int, default=0, help="general chats added to each batch, not to forget")
-    add("--oasst-data", help="these chats, in the layout of OpenAssistant")
     evaluation.add_flags(parser)
     args = smf.parse(parser, PRESETS, argv)
     kind = "tiny stream" if (args.preset, args.task) == ("tiny", "stream") else args.preset
@@ -129,14 +125,7 @@ def main(argv=None):
     dtype = args.dtype if lora else "float32"
     model, tokenizer = smf.load_base(args.model, dtype, args.device)
     plan, data_sha256 = evaluation.training_plan(model, tokenizer, data, args)
-    if args.replay:  # the next general chats are in every batch, too
-        chats = train_retrofit.general_chats(args)[:len(plan) * args.replay]
-        chats = smf.encode_all(tokenizer, chats, args.max_length)
-        if not chats:
-            raise smf.BadInput(f"--oasst-data {args.oasst_data}: has no reply of the assistant")
-        data_sha256 = smf.sha256((data_sha256 + json.dumps(chats)).encode()).hexdigest()
-        plan = [batch + [chats[(step * args.replay + i) % len(chats)] for i in range(args.replay)]
-                for step, batch in enumerate(plan)]
+    plan, data_sha256 = train_retrofit.add_replay(plan, data_sha256, tokenizer, args)
     config = {"base": smf.base_name(args.model), "parent_sha256": smf.weights_sha256(model),
               "dtype": "float32", "trained_in": args.dtype, "steps": len(plan),
               "data": data_sha256}

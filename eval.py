@@ -27,12 +27,13 @@ PRESETS = {
     "tiny": dict(task="stream", stream_data="tiny/stream", passes=4, facts_data="tiny/facts",
                  epochs=20, warmup=10, medmcqa_data="tiny/medmcqa", split="test",
                  trivia_data="tiny/trivia_qa", untaught_data="tiny/untaught", eval_examples=1000,
-                 wikitext_data="tiny/wikitext", window=128, stride=64),
+                 wikitext_data="tiny/wikitext", oasst_data="tiny/oasst1", window=128, stride=64),
     "paper": dict(task="medmcqa", stream_data="", passes=1, epochs=3, warmup=100, window=1024,
                   facts_data="mandarjoshi/trivia_qa:rc.nocontext", stride=512, split="test",
                   medmcqa_data="openlifescienceai/medmcqa", eval_examples=1000,
                   trivia_data="mandarjoshi/trivia_qa:rc.nocontext",
-                  wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1"),
+                  wikitext_data="Salesforce/wikitext:wikitext-103-raw-v1",
+                  oasst_data="OpenAssistant/oasst1"),
 }
 
 
@@ -51,6 +52,8 @@ def add_flags(parser):
     add("--epochs", type=int, help="shuffled: times that each example is seen")
     add("--steps", type=int, help="steps, instead of epochs or the whole stream")
     add("--warmup", type=int, help="shuffled: steps of linear warm-up")
+    add("--replay", type=int, default=0, help="general chats added to each batch, not to forget")
+    add("--oasst-data", help="these chats, in the layout of OpenAssistant")
     add("--ask-every", type=int, help="stream: ask what it recalls and knows after so many sources")
     add("--split", choices=["test", "validation"], help="of the target; validation: choose rates")
     add("--trivia-data", help="questions that are not taught: what was forgotten?")

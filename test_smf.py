@@ -904,16 +904,22 @@ def test_general_chats_are_the_replies_of_the_assistant(tmp_path):
 
 # Stage 2 as a plain loop, rates and batches
 
-@pytest.mark.parametrize("more", [[], ["--least-harm"]], ids=["plain", "least-harm"])
+@pytest.mark.parametrize("more", [[], ["--least-harm"], ["--replay=3"]])
 def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path, more):
     """The library's own loss, the whole batch at once, autograd's gradient of V and of the alphas,
     both clipped by the norm of V's; SGD on V, AdamW on the alphas; warm-up and cosine. With
-    --least-harm a row's step is divided by its share of the background's reads."""
+    --least-harm a row's step is divided by its share of the background's reads. With --replay R the
+    next R general chats are in each batch, too."""
     run(train_retrofit, *RETROFIT, "--steps=0", "--alpha=30", f"--out={tmp_path / 'parent'}")
     flags = ["--scorer=all", "--lr=3e-4", "--train-alpha", "--alpha-lr=0.05", *more]
     sparse(tmp_path / "parent", tmp_path / "run", *flags, "--warmup=2")
     ended, (model, tokenizer) = smf.load(tmp_path / "run")[0], smf.load(tmp_path / "parent")
-    plan = batches_of(model, tokenizer, train_sparse.parse([*QUICK, *flags]))
+    args = train_sparse.parse([*QUICK, *flags])
+    plan = batches_of(model, tokenizer, args)
+    if args.replay:
+        chats = train_retrofit.general_chats(args)
+        plan = [batch + [smf.encode(tokenizer, *chat, 128) for chat in chats[3 * i:3 * i + 3]]
+                for i, batch in enumerate(plan)]
     trained = {name: p.requires_grad_() for name, p in model.named_parameters()
                if name.endswith(("memory.values", "mlp.alpha"))}
     alphas = [p for p in trained.values() if p.dim() == 0]
@@ -925,7 +931,7 @@ def test_stage_2_on_all_rows_is_a_plain_sgd_loop(tmp_path, more):
         library_loss(model, batch).backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in values]).item())
         torch.nn.utils.clip_grads_with_norm_(trained.values(), 1.0, torch.tensor(norms[-1]))
-        for memory in smf.memories(model).values() if more else ():
+        for memory in smf.memories(model).values() if args.least_harm else ():
             reads = memory.background_counts / memory.background_counts.sum()  # (N,)
             memory.values.grad /= (reads * len(reads) + 0.1)[:, None]
         factor = min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 6))
@@ -1648,7 +1654,7 @@ BAD += [  # script, flags, a word of the line, what is broken first
         "--lr=1 --seed=1 --steps=5 --warmup=3 --alpha=0.01 --heads=2 --background=30").split()),
     *(("sparse", [*AGAIN, flag], flag[2:].split("=")[0].replace("-", "_")) for flag in (
         "--lr=2 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl "
-        "--optimizer=adamw").split()),
+        "--optimizer=adamw --replay=1").split()),
     *(("baselines", ["--out=lora", *QUICK, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --micro-batch-size=2 --replay=1"
     ).split()),

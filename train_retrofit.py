@@ -73,6 +73,19 @@ def general_chats(args):
             and row["message_id"] in texts]
 
 
+def add_replay(plan, data_sha256, tokenizer, args):
+    """The plan with the next --replay general chats in each batch, and a hash of all it teaches."""
+    if not args.replay:
+        return plan, data_sha256
+    chats = general_chats(args)[:len(plan) * args.replay]
+    chats = smf.encode_all(tokenizer, chats, args.max_length)
+    if not chats:
+        raise smf.BadInput(f"--oasst-data {args.oasst_data}: has no reply of the assistant")
+    plan = [batch + [chats[(step * args.replay + i) % len(chats)] for i in range(args.replay)]
+            for step, batch in enumerate(plan)]
+    return plan, smf.sha256((data_sha256 + json.dumps(chats)).encode()).hexdigest()
+
+
 def collated(examples, args, label):
     """Collated batches of --micro-batch-size examples, with a progress bar."""
     for i in tqdm(range(0, len(examples), args.micro_batch_size), label, leave=False):

@@ -30,7 +30,7 @@ PRESETS = {
 TOP_T = {"tiny stream": 50, "else": 500}
 LEARNING_RATE = {"tiny stream": {"sgd": 0.1, "adamw": 0.03}, "else": {"sgd": 1.0, "adamw": 0.1}}
 DECISIVE = ("task", "seed", "batch_size", "passes", "warmup", "ask_every", "scorer", "top_t",
-            "optimizer", "lr", "least_harm", "train_alpha", "alpha_lr")
+            "optimizer", "lr", "least_harm", "train_alpha", "alpha_lr", "replay")
 
 
 def parse(argv=None):
@@ -175,6 +175,7 @@ def main(argv=None):
     data = evaluation.load_data(args)
     parent, model, tokenizer = load_parent(args)
     plan, data_sha256 = evaluation.training_plan(model, tokenizer, data, args)
+    plan, data_sha256 = train_retrofit.add_replay(plan, data_sha256, tokenizer, args)
     config = {"parent": os.path.relpath(parent, run), "steps": len(plan), "data": data_sha256,
               "parent_sha256": smf.run_sha256(parent)}
     with smf.start_run(run, config | {name: vars(args)[name] for name in DECISIVE}, args):

@@ -36,8 +36,8 @@ CHATS = ("--preset paper --dtype bfloat16 --model {model} --oasst-data {data}/oa
          "--epochs 0 --n-keys ")
 TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --trivia-data "
         "{data}/trivia_qa --wikitext-data {data}/wikitext --stride 896 --eval-examples 175 "
-        "--eval-tokens 8192 --save-every 100 ")
-BASE = "--dtype bfloat16 --model {model} --oasst-data {data}/oasst1"
+        "--eval-tokens 8192 --save-every 100 --oasst-data {data}/oasst1 ")
+BASE = "--dtype bfloat16 --model {model}"
 ADAMW = "--optimizer adamw"
 STREAM_OF_FACTS = "results/streams/facts"
 TOLD = TASK + f"--task stream --stream-data {STREAM_OF_FACTS} --batch-size 5 --passes 4 "
@@ -67,6 +67,7 @@ REAL = {  # the same of a real model, facts and documents
                  "additive-tfidf-n128-t500-harm additive-tfidf-n128-t500-replies",
     "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd",
     "0.3 1 3": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-tfidf-n512-t500 "
+               "additive-tfidf-n128-t500-replay1 "
                "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
                "additive-tfidf-n128-t10000-documents",
     "0.01 0.03 0.1": "additive-tfidf-n128-t500-adamw",
