@@ -2,8 +2,9 @@
 
     python results/study.py tiny-stream         # an hour and a half on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
-    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR   # the stream; twelve hours
-                        # or gemma3, qwen, qwen-facts (shuffled): two to three hours each
+    python results/study.py qwen --model QWEN_DIR --data DATA_DIR         # the stream: 24 facts
+                        # or gemma3, smollm2-choice (48), qwen-facts (shuffled): hours each
+    python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR   # 175: a day
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
 results/STUDY gets tables.md (test split, chosen rates), frontier.png and headline.png (validation,
@@ -14,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +31,13 @@ import eval as evaluation  # noqa: E402
 import smf  # noqa: E402
 
 SEEDS = (0, 1, 2)
-CHATS = ("--preset paper --dtype bfloat16 --model {model} --oasst-data {data}/oasst1 --max-length "
+CHATS = ("--preset paper --dtype float32 --model {model} --oasst-data {data}/oasst1 --max-length "
          "256 --batch-size 8 --micro-batch-size 8 --examples 50000 --warmup 10 --background 300 "
          "--epochs 0 --n-keys ")
 TASK = ("--preset paper --max-length 256 --micro-batch-size 16 --warmup 10 --trivia-data "
         "{data}/trivia_qa --wikitext-data {data}/wikitext --stride 896 --eval-examples 175 "
         "--eval-tokens 8192 --save-every 100 --oasst-data {data}/oasst1 ")
-BASE = "--dtype bfloat16 --model {model}"
+BASE = "--dtype float32 --model {model}"
 ADAMW = "--optimizer adamw"
 STREAM_OF_FACTS = "results/streams/facts"
 TOLD = TASK + f"--task stream --stream-data {STREAM_OF_FACTS} --batch-size 5 --passes 4 "
@@ -62,27 +62,18 @@ STREAM = {  # {rates: conditions}
     "0.006 0.02 0.06": "additive-tfidf-n512-t500-adamw",
     "1e-4 3e-4 1e-3": "full full-documents lora",
     "3e-4 1e-3 3e-3": "full-replay8 lora-replay8 lora-documents"}
-REAL = {  # the same of a real model, facts and documents
-    "0.1 0.3 1": "additive-tfidf-n128-t500 additive-kl-n128-t500 additive-count-n128-t500 lora-sgd "
-                 "additive-tfidf-n128-t500-harm additive-tfidf-n128-t500-replies",
-    "0.03 0.1 0.3": "additive-all-n128 additive-all-n128-harm full-sgd",
-    "0.3 1 3": "additive-random-n128-t500 additive-tfidf-n128-t50 additive-tfidf-n512-t500 "
-               "additive-tfidf-n128-t500-replay1 "
-               "additive-tfidf-n1024-t500 additive-tfidf-n128-t500-documents "
-               "additive-tfidf-n128-t10000-documents",
-    "0.01 0.03 0.1": "additive-tfidf-n128-t500-adamw",
-    "1e-5 2e-5 5e-5 1e-4": "full", "2e-5 5e-5 1e-4": "full-replies full-replay1 full-documents",
-    "1e-4 3e-4 1e-3": "lora lora-replies lora-replay1 lora-documents"}
 # starts: {name: flags of train_retrofit.py}. flags: of all that learn the task; base: of baselines
 # alone; sparse: of train_sparse.py alone. sweep: the seeds that choose the rate. words: what a word
 # means in this study. thrice: what is done with all seeds (all); full finetuning of a stream has
 # nothing random. headline: of its figure (HEADLINE). along: the headline is asked after each so
 # many sources of a stream, too.
-OTHER = dict(flags=TOLD + "--sources 0 48", base=BASE, sparse="", sweep=(0,), thrice=(),
-             starts={"additive-n128": CHATS + "128"}, headline=(
-    "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-harm", "lora", "full"), rates={
-    "0.1 0.3 1": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
-    "1e-4 3e-4 1e-3": "lora", "3e-6 1e-5 3e-5": "full"})
+REAL = dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), thrice=(), starts={
+    "additive-n128": CHATS + "128"}, words={
+    "replay1": "--replay 1 --max-length 80"}, headline=(  # longer chats outweigh the facts
+    "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-harm", "lora", "full", "full-replay1"))
+OTHER = REAL | dict(flags=TOLD + "--sources 0 24 --eval-examples 48 --eval-tokens 4096", rates={
+    "0.1 0.3 1": "additive-tfidf-n128-t500", "0.1 0.3": "additive-tfidf-n128-t500-harm",
+    "1e-4 3e-4": "lora", "1e-5 2e-5": "full", "2e-5 5e-5": "full-replay1"})
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
@@ -90,13 +81,16 @@ STUDIES = {
         "--lr 2e-3 --examples 1600", "additive-n512-told": "--background-data tiny/stream",
         "additive-n512-asked": "--background-data out/tiny-stream/asked.jsonl"},
         rates=STREAM, along=10),
-    "smollm2": dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), rates=REAL, starts={
-        f"additive-n{n}": CHATS + f"{n}" for n in (128, 512, 1024)},
-        words={"documents": "--stream-data results/streams/documents --batch-size 4",
-               "replies": "--stream-data out/smollm2/replies",  # see main
-               "replay1": "--replay 1 --max-length 80"},  # longer chats outweigh the facts
+    "smollm2": REAL | dict(
         along=35, thrice="additive-n128 additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm "
-        "lora lora-replay1".split(), headline=OTHER["headline"] + ("lora-replay1", "full-replay1")),
+        "lora lora-replay1".split(), headline=REAL["headline"] + ("lora-replay1",), rates={
+            "0.1 0.3 1": "additive-tfidf-n128-t500 additive-tfidf-n128-t500-harm",
+            "0.3 1 3": "additive-tfidf-n128-t500-replay1", "0.03 0.1 0.3": "additive-all-n128-harm",
+            "1e-4 3e-4 1e-3": "lora lora-replay1", "1e-5 2e-5 5e-5 1e-4": "full",
+            "2e-5 5e-5 1e-4": "full-replay1"}),
+    "smollm2-choice": REAL | dict(flags=TOLD + "--sources 0 48 --eval-examples 96", rates={
+        "0.1 0.3": " ".join(f"additive-{name}-n128-t500" for name in ("tfidf", "kl", "count")),
+        "0.3 1": "additive-random-n128-t500", "0.03 0.1": "additive-all-n128"}),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150", rates={
@@ -289,13 +283,6 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         (out / "asked.jsonl").write_text("".join(
             json.dumps({"prompt": q.prompt, "text": q.answer}) + "\n" for _, q in asked))
-    if args.study == "smollm2":  # the same answers, each the reply to what stands before it
-        (out / "replies").mkdir(parents=True, exist_ok=True)
-        told = evaluation.load_questions("--stream-data", STREAM_OF_FACTS, "train", told=True)
-        (out / "replies/train.jsonl").write_text("".join(json.dumps(
-            {"source": id, "prompt": q.before, "text": q.answer}) + "\n" for id, q in told))
-        for split in ("validation", "test"):
-            shutil.copy(f"{STREAM_OF_FACTS}/{split}.jsonl", out / "replies")
     result = study(plan, out, args)
     tables = [evaluation.table({
         f"{c}, lr {d['chosen']} of {', '.join(d['validation'])}" if d["chosen"] else c:
