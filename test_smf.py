@@ -1959,11 +1959,14 @@ def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs)
     monkeypatch.chdir(tmp_path)
     plan = {"starts": {}, "base": "", "sparse": "", "flags": " ".join(QUICK), "sweep": (0,),
             "rates": {"1e-4 1e-3": "full"}}
-    args = SimpleNamespace(jobs=2, model=None, data=None)
+    args = SimpleNamespace(jobs=2, model=None, data=None, so_far=False)
     result = study.study(plan, Path("out"), args)
     before = files_below(Path("out"))
     assert study.study(plan, Path("out"), args) == result and files_below(Path("out")) == before
     assert result["full"]["test"].keys() == {0, 1, 2} and result["base"]["test"].keys() == {0}
+    args.so_far, more = True, {"rates": {"1e-4 1e-3 1": "full", "1": "lora"}}
+    assert study.study(plan | more, Path("out"), args) == result  # not lora, and not the rate 1
+    assert files_below(Path("out")) == before
     touched = sum(len(t) for name, t in delta(runs / "tfidf").items() if name.endswith(":rows"))
     assert study.accounting(runs / "tfidf")["rows touched"] == f"{touched:,}"
     pyplot = pytest.importorskip("matplotlib.pyplot")
