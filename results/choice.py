@@ -33,7 +33,7 @@ SETTINGS = {  # {name: (study, its conditions, start, what is learned)}
     "tiny, stream, n = 512, t = 500": ("tiny-stream", "additive-{}-n512-t500", "tiny-512", ""),
     "tiny, stream, n = 128, t = 50": ("tiny-stream", "additive-{}-n128-t50", "tiny-128", ""),
     "tiny, shuffled facts, t = 500": ("tiny", "additive-{}", "tiny-128-stage-1", "--task=facts"),
-    "SmolLM2, stream, t = 500": ("smollm2-choice", "additive-{}-n128-t500", "smollm2-128",
+    "SmolLM2, stream, t = 500": ("smollm2-48", "additive-{}-n128-t500", "smollm2-128",
                                  TOLD),
     "SmolLM2, shuffled facts, t = 500": ("smollm2-facts", "additive-{}-fresh", "smollm2-128",
                                          FACTS),

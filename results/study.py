@@ -3,7 +3,7 @@
     python results/study.py tiny-stream         # an hour and a half on two cores
     python results/study.py tiny                # or tiny-medmcqa: shuffled facts, and choices
     python results/study.py qwen --model QWEN_DIR --data DATA_DIR         # the stream: 24 facts
-                        # or gemma3, smollm2-choice (48), qwen-facts (shuffled): hours each
+                        # or gemma3, smollm2-48 (48), qwen-facts (shuffled): hours each
     python results/study.py smollm2 --model SMOLLM2_DIR --data DATA_DIR   # 175: a day
 
 Runs go to out/STUDY. Those that are there are skipped: the same command goes on with a study.
@@ -72,8 +72,8 @@ REAL = dict(flags=TOLD, base=BASE, sparse="", sweep=(0,), thrice=(), starts={
     "replay1": "--replay 1 --max-length 80"}, headline=(  # longer chats outweigh the facts
     "additive-tfidf-n128-t500", "additive-tfidf-n128-t500-harm", "lora", "full", "full-replay1"))
 OTHER = REAL | dict(flags=TOLD + "--sources 0 24 --eval-examples 48 --eval-tokens 4096", rates={
-    "0.1 0.3 1": "additive-tfidf-n128-t500", "0.1 0.3": "additive-tfidf-n128-t500-harm",
-    "1e-4 3e-4": "lora", "1e-5 2e-5": "full", "2e-5 5e-5": "full-replay1"})
+    "0.3 1 3": "additive-tfidf-n128-t500", "0.3 1": "additive-tfidf-n128-t500-harm",
+    "3e-5 1e-4 3e-4": "lora", "1e-5 2e-5": "full full-replay1"})
 STUDIES = {
     "tiny-stream": dict(flags="--eval-examples 250", base="", sparse="", sweep=(0,), starts={
         "additive-n128": "--n-keys 128", "additive-n512": "", "additive-n1024": "--n-keys 1024",
@@ -88,9 +88,9 @@ STUDIES = {
             "0.3 1 3": "additive-tfidf-n128-t500-replay1", "0.03 0.1 0.3": "additive-all-n128-harm",
             "1e-4 3e-4 1e-3": "lora lora-replay1", "1e-5 2e-5 5e-5 1e-4": "full",
             "2e-5 5e-5 1e-4": "full-replay1"}),
-    "smollm2-choice": REAL | dict(flags=TOLD + "--sources 0 48 --eval-examples 96", rates={
+    "smollm2-48": REAL | dict(flags=TOLD + "--sources 0 48 --eval-examples 96", rates={
         "0.1 0.3": " ".join(f"additive-{name}-n128-t500" for name in ("tfidf", "kl", "count")),
-        "0.3 1": "additive-random-n128-t500"}),
+        "0.3 1": "additive-random-n128-t500", "2e-5 5e-5": "full-replay1"}),
     "gemma3": OTHER, "qwen": OTHER,
     "qwen-facts": OTHER | dict(flags=TASK + "--task facts --facts-data {data}/trivia_qa "
                                "--sources 0 160 --steps 150", rates={
