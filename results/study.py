@@ -220,7 +220,7 @@ def accounting(run):
 
 
 def cells(rows):
-    """{seed: figures} -> {measure: "mean ± standard deviation"}; of one seed ± its standard error"""
+    """{seed: figures} -> {measure: "mean ± standard deviation"}; of one seed: ± standard error"""
     found = {}
     for name, digits in evaluation.DIGITS.items():
         if values := [row[name] for row in rows.values() if name in row]:
