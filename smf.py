@@ -105,7 +105,7 @@ class ProductKeyMemory(nn.Module):
     def forward(self, x):
         """x (B, T, D) -> scale * W2 (y * SiLU(W1 x / x_rms)); y is the weighted sum of the rows."""
         dtype, x = x.dtype, x.to(self.values.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the memory stays in float32
+        with torch.autocast(x.device.type, enabled=False):  # a memory keeps its own precision
             rows, weights = self.lookup(x)  # (B, T, H, K) both
             bags = rows.flatten(-2).flatten(0, -2)  # (B * T, H * K)
             y = F.embedding_bag(bags, self.values, mode="sum",
@@ -220,7 +220,7 @@ def retrofit(model, layers, mode="additive", alpha=0.01, **shape):
 def read_only(model, batch):
     """A forward pass of a batch, for its reads alone -> {name: memory.collect()}."""
     model(batch["input_ids"], attention_mask=batch["attention_mask"],
-          logits_to_keep=batch["columns"][:1], use_cache=False)  # given as 1 it is slower
+          logits_to_keep=batch["columns"][:1], use_cache=False)  # logits of one column will do
     return {name: memory.collect() for name, memory in memories(model).items()}
 
 

@@ -1406,6 +1406,9 @@ def test_a_stream_is_told_source_by_source_and_asked_in_its_test_split(tmp_path)
     assert tokenizer.decode(plan[2][0].ids[plan[2][0].start:]) == " 4" and plan[0][0].start == 1
     few = load_data(f"--stream-data={data}", "--eval-examples=2")
     assert [q.source for q in few.target] == [2, 1]  # the first and the last, evenly
+    write_rows(data / "validation.jsonl", [{"question": "And?", "answer": "9", "source": 7}])
+    assert [q.answer for q in load_data(f"--stream-data={data}", "--split=validation").target] == [
+        "9"]  # rates are chosen by these, never by the test split
     later = load_data(f"--stream-data={data}", "--sources", 1, 2)  # and what came before is asked
     assert [q.answer for q in later.train] == ["B."]
     assert {q.source for q in later.target} == {0, 1}
@@ -1434,6 +1437,7 @@ def test_the_oldest_and_the_newest_quarter_are_of_the_sources():
     assert (found["oldest"]["value"], found["oldest"]["n"]) == (0.5, 2)
     assert (found["newest"]["value"], found["newest"]["n"]) == (0.5, 2)
     assert evaluation.quarters(ask(0, 1, None), [1, 0, 1], ask(19)).keys() == {"oldest"}
+    assert evaluation.quarters(ask(2), [1], ask(8)).keys() == {"oldest"}  # of nine it is three
     assert evaluation.quarters(ask(None), [1], ask(0)) == {}
 
 
@@ -1657,8 +1661,8 @@ BAD += [  # script, flags, a word of the line, what is broken first
     *(("retrofit", ["--out=additive", *RETROFIT, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --alpha=0.01 --heads=2 --background=30").split()),
     *(("sparse", [*AGAIN, flag], flag[2:].split("=")[0].replace("-", "_")) for flag in (
-        "--lr=2 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl "
-        "--optimizer=adamw --replay=1").split()),
+        "--lr=2 --seed=1 --steps=5 --warmup=3 --batch-size=8 --scorer=kl --optimizer=adamw "
+        "--replay=1 --passes=2 --ask-every=1 --least-harm --train-alpha --alpha-lr=1").split()),
     *(("baselines", ["--out=lora", *QUICK, flag], "another") for flag in (
         "--lr=1 --seed=1 --steps=5 --warmup=3 --batch-size=8 --micro-batch-size=2 --replay=1"
     ).split()),
@@ -1920,11 +1924,9 @@ def test_the_scripts_run_from_another_directory(tmp_path):
     out = command("train_sparse.py", "--scorer=kl", *QUICK, cwd=tmp_path)  # finds that retrofit
     assert "running stage 1 first" not in out and "peak memory" in out
     assert all(f"| out/tiny/{name} |" in out for name in ("base", "retrofit-seed0", "kl-seed0"))
-    out = command("baselines.py", "--method=lora", *QUICK, cwd=tmp_path)
-    assert "| out/tiny/lora-seed0 |" in out and "retrofit" not in out
     table = command("eval.py", cwd=tmp_path)
     names = {path.name for path in (tmp_path / "out/tiny").iterdir()}
-    assert names == {"base", "retrofit-seed0", "kl-seed0", "lora-seed0"}
+    assert names == {"base", "retrofit-seed0", "kl-seed0"}
     assert all(f"| out/tiny/{name} |" in table for name in names)
     assert "task facts, " in table
 
@@ -1958,13 +1960,13 @@ def test_every_command_of_the_studies_is_understood():
 def test_a_study_makes_what_is_missing_and_shows_it(tmp_path, monkeypatch, runs):
     monkeypatch.chdir(tmp_path)
     plan = {"starts": {}, "base": "", "sparse": "", "flags": " ".join(QUICK), "sweep": (0,),
-            "rates": {"1e-4 1e-3": "full"}}
+            "rates": {"1e-3": "full"}}
     args = SimpleNamespace(jobs=2, model=None, data=None, so_far=False)
     result = study.study(plan, Path("out"), args)
     before = files_below(Path("out"))
     assert study.study(plan, Path("out"), args) == result and files_below(Path("out")) == before
     assert result["full"]["test"].keys() == {0, 1, 2} and result["base"]["test"].keys() == {0}
-    args.so_far, more = True, {"rates": {"1e-4 1e-3 1": "full", "1": "lora"}}
+    args.so_far, more = True, {"rates": {"1e-3 1": "full", "1": "lora"}}
     assert study.study(plan | more, Path("out"), args) == result  # not lora, and not the rate 1
     assert files_below(Path("out")) == before
     touched = sum(len(t) for name, t in delta(runs / "tfidf").items() if name.endswith(":rows"))
@@ -1987,17 +1989,22 @@ def test_a_study_compares_a_run_with_its_parent_as_measured_in_the_same_way(tmp_
 
 
 def test_scorers_are_compared_at_a_perplexity_that_each_of_them_has():
-    ratio, found = compare("tiny-stream", "additive-{}-n512-t50")
     results = smf.read_json(ROOT / "results/tiny-stream/results.json")
-    at = ratio * results["base"]["validation"][""]["0"]["perplexity"][0]
-    assert found.keys() == {"tfidf", "kl", "count", "random", "all"} and ratio > 1
-    for scorer, target in found.items():
-        name = f"additive-{scorer}-n512" + "-t50" * (scorer != "all")
-        points = sorted((row["0"]["perplexity"][0], row["0"]["target"][0])
-                        for row in results[name]["validation"].values())
-        around = ([t for x, t in points if x <= at + 1e-9][-1],
-                  [t for x, t in points if x >= at - 1e-9][0])
-        assert min(around) - 1e-9 <= target <= max(around) + 1e-9
+    curves = {scorer: sorted(
+        (row["0"]["perplexity"][0], row["0"]["target"][0]) for row in results[
+            f"additive-{scorer}-n512" + "-t50" * (scorer != "all")]["validation"].values())
+        for scorer in ("tfidf", "kl", "count", "random", "all")}
+    least = max(points[0][0] for points in curves.values())
+    base = results["base"]["validation"][""]["0"]["perplexity"][0]
+    for times in (1, 1.03, 2):
+        ratio, found = compare("tiny-stream", "additive-{}-n512-t50", times)
+        assert ratio == pytest.approx(times * least / base) and ratio > 1
+        at = times * least * (1 - 1e-9)
+        assert found.keys() == {c for c in curves if curves[c][-1][0] >= at}  # no rate goes further
+        for scorer, target in found.items():
+            around = ([t for x, t in curves[scorer] if x <= at * (1 + 2e-9)][-1],
+                      [t for x, t in curves[scorer] if x >= at][0])
+            assert min(around) - 1e-9 <= target <= max(around) + 1e-9
 
 
 def test_costs_are_measured():

@@ -144,7 +144,7 @@ def train(model, plan, run, args):
         smf.apply_delta(model, state["memory"])
         optimizer.load_state_dict(state["optimizer"])
 
-    for step in tqdm(range(done, len(plan)), initial=done, total=len(plan)):
+    for step in tqdm(range(done, len(plan)), initial=done, total=len(plan), disable=not plan):
         loss, reads = smf.backward(model, plan[step], args.micro_batch_size)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
         factor = smf.learning_rate(step, len(plan), args.warmup)

@@ -2,9 +2,9 @@
 
     python results/plain.py out/smollm2/base out/qwen/base ...     # a quarter of an hour a model
 
-One window and one question at a time, in float32, with transformers alone. RUN is a directory base
-that a study made: its eval.json says what was measured there. Prints both, and writes them to
-results/plain.md; an error if a digit that the tables show differs."""
+One window and one question at a time, in float32, with transformers alone. Each argument is a
+directory base that a study made: its eval.json says what was measured there. Prints both, and
+writes them to results/plain.md, anew; an error if a digit that the tables show differs."""
 
 import json
 import string
@@ -91,8 +91,9 @@ def main():
         path = config["base"]
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        told, asked = (load_dataset("json", data_files=f"{settings['stream_data']}/{part}.jsonl",
-                                    split="train") for part in ("train", "validation"))
+        stream = ROOT / settings["stream_data"]
+        told, asked = (load_dataset("json", data_files=str(stream / f"{part}.jsonl"), split="train")
+                       for part in ("train", "validation"))
         taught = list(dict.fromkeys(told["source"]))[:(settings["sources"] or [0, None])[1]]
         asked = {"target": [row for row in asked if row["source"] in taught]}
         asked["knowledge"] = load_dataset(settings["trivia_data"], split="validation")

@@ -36,7 +36,7 @@ def cell(run):
 def learn(start, flags, rates, args):
     """Make the runs of a start at these rates -> {rate: cell}, that of the start first."""
     runs = {rate: start.with_name(f"{start.name}, {rate}") for rate in rates}
-    commands = [f"'{ROOT}/train_sparse.py' --parent '{start}' {flags} --out '{run}' --optimizer " +
+    commands = [f"train_sparse.py --parent '{start}' {flags} --out '{run}' --optimizer " +
                 rate.replace(" ", " --lr ") for rate, run in runs.items()
                 if not (run / "eval.json").exists()]
     run_all(commands[:1], args)  # alone: it measures the start and the base, too
@@ -60,13 +60,13 @@ def main(argv=None):
         flags = START.format(f"'{model}'") if model else "--n-keys 128"
         facts = FACTS if model else "--task facts --sources 0 32 --steps 60"
         starts = {"fresh": out / "fresh", "stage 1": out / "stage 1"}
-        run_all([f"'{ROOT}/train_retrofit.py' {flags} --epochs {epochs} --out '{start}'"
+        run_all([f"train_retrofit.py {flags} --epochs {epochs} --out '{start}'"
                  for epochs, start in enumerate(starts.values()) if not smf.finished(start)], args)
         for kind, start in starts.items():
             rows[f"{name}, {kind}"] = learn(start, facts, RATES[kind], args)
     for steps in (150, 600):
         start = ROOT / f"out/rates/tiny-{steps}/fresh"
-        run_all([f"'{ROOT}/train_retrofit.py' --n-keys 128 --out '{start}'"] *
+        run_all([f"train_retrofit.py --n-keys 128 --out '{start}'"] *
                 (not smf.finished(start)), args)
         longer[f"{steps} steps"] = learn(
             start, f"--task facts --steps {steps} --split validation", LONGER, args)

@@ -134,11 +134,11 @@ def command(condition, out, seed, plan):
 def run_all(commands, args):
     """Run command lines, --jobs at a time, a core each."""
     def go(command):
-        command = command.format(model=args.model, data=args.data)
-        done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True,
+        script, *flags = shlex.split(command.format(model=args.model, data=args.data))
+        done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True,
                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
-            raise smf.BadInput(f"{command}: {done.stderr.strip().splitlines()[-1]}")
+            raise smf.BadInput(f"{command}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(go, commands), total=len(commands), desc="runs", leave=False))
@@ -188,7 +188,7 @@ def study(plan, out, args):
                 if (row := figures(path(c, rate, seed), split))}
 
     def make(wanted, split):  # [(condition, rate, seed)]
-        commands = [f"{ROOT}/{command(c, out, seed, plan)} --lr {rate} "
+        commands = [f"{command(c, out, seed, plan)} --lr {rate} "
                     f"--seed {seed} --split {split} --out {path(c, rate, seed)}"
                     for c, rate, seed in wanted if not rows(c, rate, [seed], split)]
         alone = not rows("base", "", [0], split)  # the first run: it measures the base
@@ -196,7 +196,7 @@ def study(plan, out, args):
         run_all(commands[alone:], args)
 
     if not args.so_far:
-        run_all([f"{ROOT}/train_retrofit.py {flags} --seed {seed} --out {path(c, '', seed)}"
+        run_all([f"train_retrofit.py {flags} --seed {seed} --out {path(c, '', seed)}"
                  for c, flags in plan["starts"].items() for seed in seeds(c)
                  if not smf.finished(path(c, "", seed))], args)
         make([(c, rate, s) for c in rates for rate in rates[c] for s in plan["sweep"]],
@@ -257,7 +257,7 @@ def plot_along(pyplot, result, plan, out, to, args):
     every, runs = plan["along"], {c: out / f"along-{c}-lr{result[c]['chosen']}"
                                   for c in plan.get("headline", HEADLINE)
                                   if c in result and result[c]["chosen"]}
-    run_all([f"{ROOT}/{command(c, out, 0, plan)} --lr {result[c]['chosen']} --ask-every {every} "
+    run_all([f"{command(c, out, 0, plan)} --lr {result[c]['chosen']} --ask-every {every} "
              f"--split validation --out {run}" for c, run in runs.items()
              if not smf.finished(run)], args)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="tight")
