@@ -156,8 +156,9 @@ def figures(run, split):
     result = found.get(key)
     if result:  # its parent was measured in the same way, and perhaps in others
         before = measured(evaluation.parent_of(run))[key]["knowledge right"]
-        result["kept"] = evaluation.mean(
-            [now for now, then in zip(result["knowledge right"], before) if then])
+        if any(before):
+            result["kept"] = evaluation.mean(
+                [now for now, then in zip(result["knowledge right"], before) if then])
     return result and {name: (result[name]["value"], result[name]["stderr"])
                        for name in evaluation.DIGITS if name in result}
 
