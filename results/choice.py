@@ -94,9 +94,10 @@ def main(argv=None):
         share = share_read(start, flags, args)
         for times in TIMES:
             ratio, found = compare(study, conditions, times)
-            rows[f"{name}; {ratio:.3f}"] = {"share of the rows that a batch reads": f"{share:.4f}"
-                                            } | {scorer: f"{target:.3f}"
-                                                 for scorer, target in found.items()}
+            if len(found) > 1:
+                rows[f"{name}; {ratio:.3f}"] = {
+                    "share of the rows that a batch reads": f"{share:.4f}"} | {
+                    scorer: f"{target:.3f}" for scorer, target in found.items()}
         _, found = compare(study, conditions)
         for scorer, target in found.items():
             axis.plot(share, target, "osD^x"[SCORERS.index(scorer)],
