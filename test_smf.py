@@ -1331,7 +1331,8 @@ def test_a_fact_that_a_stream_tells_in_other_words_is_no_probe_of_old_knowledge(
 
 def test_a_run_has_the_rate_of_its_task_and_optimizer():
     for flags, lr in (("", 3e-4), ("--method=full", 3e-4), ("--task=facts", 1e-3),
-                      ("--optimizer=sgd", 0.1), ("--preset=paper --method=full", 3e-5)):
+                      ("--optimizer=sgd", 0.1), ("--preset=paper --method=full", 3e-5),
+                      ("--preset=paper --task=stream", 1e-4)):
         assert baselines.parse(flags.split()).lr == lr
     for flags, t, lr in (("", 50, 0.1), ("--preset=paper --task=stream", 500, 0.3),
                          ("--task=facts", 500, 1.0), ("--task=facts --optimizer=adamw", 500, 0.1)):
