@@ -1928,7 +1928,7 @@ def test_the_scripts_run_from_another_directory(tmp_path):
     table = command("eval.py", cwd=tmp_path)
     names = {path.name for path in (tmp_path / "out/tiny").iterdir()}
     assert names == {"base", "retrofit-seed0", "kl-seed0"}
-    assert all(f"| out/tiny/{name} |" in table for name in names)
+    assert all(f"| out/tiny/{name} |" in table for name in names - {"base"})
     assert "task facts, " in table
 
 
