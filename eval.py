@@ -232,7 +232,7 @@ def losses(model, examples, label, size=32):
     for indices in by_length(examples, size, label):
         batch = smf.collate([examples[i] for i in indices], model.device)
         for i, loss, target in zip(indices, smf.token_loss(model, batch), batch["targets"]):
-            found[i] = loss[target != -100].double().cpu()
+            found[i] = loss[target != -100].cpu()
     return found
 
 
@@ -371,7 +371,7 @@ SETTINGS = ("task", "stream_data", "facts_data", "medmcqa_data", "sources", "spl
 
 def evaluate_run(run, data, args):
     """evaluate(), in float32, kept in RUN/eval.json for each split and setting."""
-    settings = {"measures": 4} | {name: vars(args)[name] for name in SETTINGS}
+    settings = {"measures": 5} | {name: vars(args)[name] for name in SETTINGS}
     settings["data"] = smf.sha256(json.dumps(data).encode()).hexdigest()
     key, file = json.dumps(settings, sort_keys=True), run / "eval.json"
     results = smf.read_json(file) if file.exists() else {}
