@@ -23,8 +23,7 @@ PRESETS = {
     "paper": dict(evaluation.PRESETS["paper"], model="Qwen/Qwen2.5-0.5B-Instruct", max_length=1024,
                   micro_batch_size=4, save_every=200),
 }
-# Of AdamW. Chosen in results/README.md on tiny. With "paper" a stream has what SmolLM2-135M and
-# Qwen2.5-Coder-0.5B both learn with; else usual rates, left as they are.
+# Of AdamW: tiny's and a real stream's are from results/README.md, the others are usual ones.
 LEARNING_RATE = {
     "tiny stream": {"lora": 3e-4, "full": 3e-4}, "tiny": {"lora": 1e-3, "full": 2e-4},
     "paper stream": {"lora": 1e-4, "full": 2e-5}, "paper": {"lora": 3e-4, "full": 3e-5}}
